@@ -1,0 +1,416 @@
+"""Build a model out of layers taken from several checkpoints, as a YAML file says.
+
+python bakllama.py stack.yml ./output
+
+    layer_slices:
+      - {model: org/a, start: 0, end: 20}
+      - {model: org/b, start: 10, end: 32, scale: 0.9}
+    embedding_source: org/a     # optional; default: the first slice's model
+    lm_head_source: org/b       # optional; default: the last slice's model
+
+Where embedding and head are tied in both sources, they are tied in the output too, unless the file
+names a lm_head_source of its own.
+"""
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+from problems import refuse, some
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from checkpoints import Checkpoint, Plan, Planned, Recipe
+
+TOP_KEYS = ("layer_slices", "embedding_source", "lm_head_source")
+SLICE_KEYS = ("model", "start", "end", "scale")
+NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
+# Config lists that name layers by number, rather than having one entry per layer.
+INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+NOT_PER_LAYER = re.compile(r"_token_ids?$|^architectures$")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers start (inclusive) to end (exclusive) of a model; scale multiplies their weights."""
+
+    model: str
+    start: int
+    end: int
+    scale: "float | Mapping[str, float]" = 1.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A layer stack as its YAML file describes it, defaults filled in."""
+
+    slices: tuple[Slice, ...]
+    embedding_source: str
+    lm_head_source: str
+    head_asked_for: bool  # whether the file names a lm_head_source other than the embedding's
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        named = (*(s.model for s in self.slices), self.embedding_source, self.lm_head_source)
+        return tuple(dict.fromkeys(named))
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+def read_stack(path: Path) -> Stack:
+    """Read and check a YAML file; ValueError lists every problem with its key's path."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    refuse([f"{path}: {problem}" for problem in _stack_problems(content)])
+    slices = tuple(Slice(**entry) for entry in content["layer_slices"])
+    embedding = content.get("embedding_source") or slices[0].model
+    head = content.get("lm_head_source")
+    return Stack(slices, embedding, head or slices[-1].model, head not in (None, embedding))
+
+
+def _stack_problems(content: Any) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield f"expected a mapping with the key layer_slices, found {_kind(content)}"
+        return
+    yield from _unknown_keys(content, TOP_KEYS, "")
+    for key in TOP_KEYS[1:]:
+        if content.get(key) is not None and not _is_name(content[key]):
+            yield f"{key}: expected the name of a model, found {_kind(content[key])}"
+    slices = content.get("layer_slices")
+    if not isinstance(slices, list) or not slices:
+        yield f"layer_slices: expected a list of at least one slice, found {_kind(slices)}"
+        return
+    for i, entry in enumerate(slices):
+        yield from _slice_problems(entry, f"layer_slices[{i}]")
+
+
+def _slice_problems(entry: Any, path: str) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield f"{path}: expected a mapping with model, start and end, found {_kind(entry)}"
+        return
+    yield from _unknown_keys(entry, SLICE_KEYS, f"{path}.")
+    if not _is_name(entry.get("model")):
+        yield f"{path}.model: expected the name of a model, found {_kind(entry.get('model'))}"
+    start, end = entry.get("start"), entry.get("end")
+    for key, value in (("start", start), ("end", end)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            yield f"{path}.{key}: expected a layer number of at least 0, found {_kind(value)}"
+    if isinstance(start, int) and isinstance(end, int) and not start < end:
+        yield f"{path}: expected start < end, found start {start} and end {end}"
+    scale = entry.get("scale", 1.0)
+    if isinstance(scale, dict):
+        for module, factor in scale.items():
+            if not _is_name(module):
+                yield f"{path}.scale: expected names of modules, found {_kind(module)}"
+            elif not _is_number(factor):
+                yield f"{path}.scale.{module}: expected a finite number, found {_kind(factor)}"
+    elif not _is_number(scale):
+        yield (
+            f"{path}.scale: expected a finite number, or a mapping from module names to numbers, "
+            f"found {_kind(scale)}"
+        )
+
+
+def _unknown_keys(mapping: Mapping[Any, Any], known: Sequence[str], path: str) -> Iterator[str]:
+    for key in mapping:
+        if key not in known:
+            yield f"{path}{key}: unknown key; known are {', '.join(known)}"
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r}"
+
+
+# ---------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The numbered layers of a checkpoint's decoder: for each, its tensors by their last part."""
+
+    prefix: str
+    parts: list[dict[str, str]]  # one {part: stored name} per layer
+    others: list[str]  # stored names outside the layers
+
+
+def find_layers(checkpoint: "Checkpoint") -> Layers:
+    """Find the one stack of numbered tensors that is as deep as the config says."""
+    depth = int(checkpoint.config.get_text_config().num_hidden_layers)
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name in checkpoint.tensors:
+        if match := NUMBERED.match(name):
+            layers = stacks.setdefault(match["stack"], {})
+            layers.setdefault(int(match["index"]), {})[match["part"]] = name
+    fitting = [prefix for prefix, layers in stacks.items() if layers.keys() >= set(range(depth))]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{checkpoint.name}: expected one stack of {depth} numbered layers, found "
+            f"{some(fitting) if fitting else 'none'}; bakllama.py stacks the layers of decoders"
+        )
+    chosen = stacks[fitting[0]]
+    inside = {name for i in range(depth) for name in chosen[i].values()}
+    others = [name for name in checkpoint.tensors if name not in inside]
+    return Layers(fitting[0], [chosen[i] for i in range(depth)], others)
+
+
+def scale_of(scale: "float | Mapping[str, float]", part: str) -> float:
+    """Return the factor for a layer's tensor, e.g. `self_attn.o_proj.weight`."""
+    if not isinstance(scale, Mapping):
+        return float(scale)
+    factors = [float(scale[module]) for module in part.split(".") if module in scale]
+    return math.prod(factors)
+
+
+def stacked_config(
+    stack: Stack, models: "Mapping[str, Checkpoint]", tied: bool
+) -> "PretrainedConfig":
+    """Return the donor's config with the depth, and every per-layer list, of the chosen layers."""
+    from checkpoints import changed_config
+
+    chosen = [(s.model, i) for s in stack.slices for i in range(s.start, s.end)]
+    parts = {name: models[name].config.get_text_config() for name in models}
+    donor = parts[stack.slices[0].model]
+    changes: dict[str, Any] = {"num_hidden_layers": len(chosen), "tie_word_embeddings": tied}
+    for key, value in donor.to_dict().items():
+        if not isinstance(value, list) or NOT_PER_LAYER.search(key):
+            continue
+        lists: dict[str, Any] = {name: getattr(parts[name], key, None) for name, _ in chosen}
+        if key in INDEX_LISTS:
+            changes[key] = [n for n, (name, i) in enumerate(chosen) if i in (lists[name] or ())]
+        elif len(value) == donor.num_hidden_layers:
+            for name, entries in lists.items():
+                if entries is None or len(entries) != parts[name].num_hidden_layers:
+                    raise ValueError(f"{name}: config.json lacks {key} for each of its layers")
+            changes[key] = [lists[name][i] for name, i in chosen]
+    embedding = parts[stack.embedding_source]
+    if getattr(embedding, "vocab_size", None) != getattr(donor, "vocab_size", None):
+        changes["vocab_size"] = embedding.vocab_size
+    return changed_config(models[stack.slices[0].model].config, **changes)
+
+
+def plan_stack(
+    stack: Stack,
+    models: "Mapping[str, Checkpoint]",
+    *,
+    dtype: "torch.dtype | None" = None,
+    trust_remote_code: bool = False,
+) -> "Planned":
+    """Say where each tensor of the stacked model comes from.
+
+    Raises ValueError for ranges outside a model, unknown modules in scale, and layers that do not
+    fit together.
+    """
+    import checkpoints as ck
+
+    donor = models[stack.slices[0].model]
+    cls = ck.model_class(donor.config, donor.path, trust_remote_code)
+    skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
+    refuse([f"{donor.name}: {problem}" for problem in problems])
+    models = {n: ck.aligned(m, donor, skeleton.base_model_prefix) for n, m in models.items()}
+    donor = models[donor.name]
+    embedding, head = models[stack.embedding_source], models[stack.lm_head_source]
+    layers = {name: find_layers(checkpoint) for name, checkpoint in models.items()}
+    refuse([*_range_problems(stack, layers), *_family_problems(models, layers, donor)])
+    ignored = ck.ignored_names(models.values(), skeleton)
+    ties = ck.possible_ties(skeleton, donor.tensors)
+    tied = not stack.head_asked_for and all(
+        ck.is_tied(model, t, s) for model in (embedding, head) for t, s in ties.items()
+    )
+
+    plan: Plan = {}
+
+    def copy(output: str, checkpoint: "Checkpoint", name: str, scale: float = 1.0) -> None:
+        if name not in ignored:
+            plan[output] = _copy(checkpoint, name, scale, dtype)
+
+    on_embedding_side = _embedding_side(skeleton)
+    for name in layers[stack.embedding_source].others:
+        if on_embedding_side(name):
+            copy(name, embedding, name)
+    chosen = [(entry, i) for entry in stack.slices for i in range(entry.start, entry.end)]
+    for number, (entry, i) in enumerate(chosen):
+        for part, name in layers[entry.model].parts[i].items():
+            output = f"{layers[donor.name].prefix}.{number}.{part}"
+            copy(output, models[entry.model], name, scale_of(entry.scale, part))
+    for name in layers[stack.lm_head_source].others:
+        if not on_embedding_side(name) and name not in ties:
+            copy(name, head, name)
+    for target, source in ties.items():
+        if not tied:
+            copy(target, head, source if ck.is_tied(head, target, source) else target)
+    refuse(list(_shape_problems(plan, layers[donor.name], donor)))
+    config = stacked_config(stack, models, tied)
+    refuse(ck.assemble(cls, config, plan)[1])
+    return ck.Planned(plan, config, cls, tuple(sorted(ignored)))
+
+
+def _copy(
+    checkpoint: "Checkpoint", name: str, scale: float, dtype: "torch.dtype | None"
+) -> "Recipe":
+    import checkpoints as ck
+    from merge_methods import linear
+
+    info = checkpoint.tensors[name]
+    target = ck.output_dtype(info.dtype, dtype)
+    scaled = scale != 1.0 and info.dtype in ck.FLOAT_DTYPES
+    return ck.Recipe(
+        (ck.Source(checkpoint, name),),
+        info.shape,
+        target,
+        (lambda t: linear(t, [scale], normalize=False, dtype=target)) if scaled else None,
+    )
+
+
+def _embedding_side(skeleton: "PreTrainedModel") -> Any:
+    """Return a test of stored names: does the tensor stand before the layers, or after them?"""
+    from torch import nn
+
+    import checkpoints as ck
+
+    head = skeleton.get_output_embeddings()
+    modules = dict(skeleton.named_modules())
+
+    def test(name: str) -> bool:
+        module, _, _ = ck.module_names(skeleton, [name])[name].rpartition(".")
+        if head is not None and modules.get(module) is head:
+            return False
+        return isinstance(modules.get(module), nn.Embedding) or bool(
+            re.search(r"emb|project_in", module)
+        )
+
+    return test
+
+
+def _range_problems(stack: Stack, layers: Mapping[str, Layers]) -> Iterator[str]:
+    for i, entry in enumerate(stack.slices):
+        depth = len(layers[entry.model].parts)
+        if entry.end > depth:
+            yield (
+                f"layer_slices[{i}]: expected layers within 0 to {depth} of {entry.model}, "
+                f"found start {entry.start} and end {entry.end}"
+            )
+        elif isinstance(entry.scale, Mapping):
+            chosen = layers[entry.model].parts[entry.start : entry.end]
+            known = {module for part in chosen for name in part for module in name.split(".")}
+            for module in entry.scale.keys() - known:
+                yield (
+                    f"layer_slices[{i}].scale.{module}: no such module in these layers; "
+                    f"known are {some(known - {'weight', 'bias'}, 20)}"
+                )
+
+
+def _family_problems(
+    models: "Mapping[str, Checkpoint]", layers: Mapping[str, Layers], donor: "Checkpoint"
+) -> Iterator[str]:
+    """Find models whose layers are built of other parts than the donor's."""
+    parts = {name: set().union(*found.parts) for name, found in layers.items()}
+    for name, model in models.items():
+        other = parts[name] - parts[donor.name]
+        if other and model.config.model_type != donor.config.model_type:
+            yield (
+                f"{name}: a {model.config.model_type} model, whose layers have {some(other)}; "
+                f"{donor.name} is a {donor.config.model_type} model and has no such tensors"
+            )
+
+
+def _shape_problems(plan: "Plan", layers: Layers, donor: "Checkpoint") -> Iterator[str]:
+    """Compare the layers of other models with the donor's layers, wherever the part is known."""
+    known: dict[str, set[tuple[int, ...]]] = {}
+    for parts in layers.parts:
+        for part, name in parts.items():
+            known.setdefault(part, set()).add(donor.tensors[name].shape)
+    wrong: dict[tuple[str, str], str] = {}
+    for output, recipe in plan.items():
+        match = NUMBERED.match(output)
+        if match and match["stack"] == layers.prefix:
+            shapes = known.get(match["part"], {recipe.shape})
+            if recipe.shape not in shapes:
+                model = recipe.sources[0].checkpoint.name
+                wrong[model, match["part"]] = (
+                    f"{model}: {recipe.sources[0].name} has shape {recipe.shape}, in "
+                    f"{donor.name} it is {' or '.join(map(str, sorted(shapes)))}"
+                )
+    yield from wrong.values()
+
+
+# ---------------------------------------------------------------------------- run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Build a language model out of layers taken from several checkpoints. A model "
+        "is a local directory or a Hugging Face Hub id (org/name, or org/name@revision).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", help="YAML file that lists the slices of layers")
+    parser.add_argument("output", help="directory to write the stacked model to")
+    cli.add_common_options(parser)
+    return parser
+
+
+def table(stack: Stack) -> str:
+    """Return the resolved stack as text, one slice a line."""
+    width = max(len(s.model) for s in stack.slices)
+    lines = [
+        f"{s.model:<{width}}  layers {s.start} to {s.end}, exclusive"
+        + (f", scale {s.scale}" if s.scale != 1.0 else "")
+        for s in stack.slices
+    ]
+    depth = sum(s.end - s.start for s in stack.slices)
+    return "\n".join(
+        [
+            f"stack of {depth} layers",
+            *lines,
+            f"embedding and tokenizer: {stack.embedding_source}",
+            f"final norm and head: {stack.lm_head_source}",
+        ]
+    )
+
+
+def work(argv: Sequence[str] | None) -> None:
+    started = time.monotonic()
+    arguments = build_parser().parse_args(argv)
+    stack = read_stack(Path(arguments.config))
+    cli.say(arguments.quiet, table(stack))
+    models = cli.open_inputs(arguments, stack.models)
+    planned = plan_stack(
+        stack,
+        models,
+        dtype=cli.chosen_dtype(arguments.dtype),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+    from checkpoints import donor_files
+
+    files = donor_files(models[stack.slices[0].model], models[stack.embedding_source])
+    cli.write(arguments, planned, files, started)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+"""Merge checkpoints of one architecture into one, by TIES, linear averaging or SLERP.
+
+python main.py ./output --base-model org/base --merge org/math --weight 0.5 --density 0.5 \
+    --merge org/code --weight 0.3 --density 0.5
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cli
+from problems import refuse, some
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from checkpoints import Checkpoint, Plan, Planned
+
+    Combine = Callable[[list[Tensor]], Tensor]
+
+DEFAULT_WEIGHT = 1.0  # for ties; linear and slerp ask for one
+DEFAULT_DENSITY = 0.33
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A merge as the user asked for it, checked and with every default filled in."""
+
+    method: str
+    base: str | None
+    merges: tuple[str, ...]
+    weights: tuple[float, ...]
+    densities: tuple[float, ...] | None
+    normalize: bool
+    naive_count: bool
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The models that the arithmetic takes, in its order."""
+        with_base = self.base is not None and self.method != "linear"
+        return (str(self.base), *self.merges) if with_base else self.merges
+
+
+def combine_linear(settings: Settings, dtype: "torch.dtype") -> "Combine":
+    from merge_methods import linear
+
+    return lambda tensors: linear(
+        tensors, settings.weights, normalize=settings.normalize, dtype=dtype
+    )
+
+
+def combine_slerp(settings: Settings, dtype: "torch.dtype") -> "Combine":
+    from merge_methods import slerp
+
+    return lambda tensors: slerp(tensors[0], tensors[1], settings.weights[0], dtype=dtype)
+
+
+def combine_ties(settings: Settings, dtype: "torch.dtype") -> "Combine":
+    from merge_methods import ties
+
+    assert settings.densities is not None
+    densities = settings.densities
+    return lambda tensors: ties(
+        tensors[0],
+        tensors[1:],
+        settings.weights,
+        densities,
+        normalize=settings.normalize,
+        naive_count=settings.naive_count,
+        dtype=dtype,
+    )
+
+
+METHODS = {"ties": combine_ties, "linear": combine_linear, "slerp": combine_slerp}
+
+
+# ---------------------------------------------------------------------------- arguments
+
+
+class InOrder(argparse.Action):
+    """Collect (option, value) of several options in the order in which they were given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.given = [*namespace.given, (self.dest, values)]
+
+
+def number(text: str) -> float:
+    """Parse an option's finite number."""
+    value = float(text)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Merge language models that share an architecture. A model is a local "
+        "directory or a Hugging Face Hub id (org/name, or org/name@revision).",
+        epilog="--weight and --density are given once for all models (before the first --merge, or "
+        "after the last), or once for each --merge, in the same order.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(given=[])
+    parser.add_argument("output", help="directory to write the merged model to")
+    parser.add_argument(
+        "--merge",
+        metavar="MODEL",
+        action=InOrder,
+        help="a model to merge; repeat for each (at least one)",
+    )
+    parser.add_argument(
+        "--base-model",
+        metavar="MODEL",
+        help="ties: the model that the others were fine-tuned from (required); slerp: the model at "
+        "weight 0; linear: only gives config, tokenizer and vocabulary",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="ties", help="how to merge (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weight",
+        metavar="W",
+        type=number,
+        action=InOrder,
+        help="ties, linear: factor of a model, any number (ties default: "
+        f"{DEFAULT_WEIGHT:g}); slerp: the one t from 0 (base, or first model) to 1 (the other)",
+    )
+    parser.add_argument(
+        "--density",
+        metavar="D",
+        type=number,
+        action=InOrder,
+        help="ties: fraction of a model's changes to keep, the largest, in (0, 1] "
+        f"(default: {DEFAULT_DENSITY})",
+    )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="ties, linear: divide by the sum of the weights (default: --normalize)",
+    )
+    parser.add_argument(
+        "--naive-count",
+        action="store_true",
+        help="ties: elect signs by counting models instead of summing weighted changes",
+    )
+    parser.add_argument(
+        "--copy-tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="copy the tokenizer of the base, or else of the first model (default: "
+        "--copy-tokenizer)",
+    )
+    cli.add_common_options(parser)
+    return parser
+
+
+def paired(given: Sequence[tuple[str, Any]], option: str) -> tuple[Any, ...] | None:
+    """Return one value of an option per --merge, or None if it was not given.
+
+    One value serves all models, if it does not stand between two of them; else each has its own.
+    """
+    values = [value for name, value in given if name == option]
+    order = [name for name, _ in given if name in ("merge", option)]
+    models = order.count("merge")
+    if not values:
+        return None
+    if len(values) == models:
+        return tuple(values)
+    if len(values) > 1:
+        raise ValueError(
+            f"--{option} was given {len(values)} times for {models} --merge options; give it once "
+            "for all of them, or once for each"
+        )
+    if 0 < order.index(option) < models:
+        raise ValueError(
+            f"--{option} {values[0]:g} stands between two of {models} --merge options, so it is "
+            f"unclear whether it is for one model or for all; give --{option} for each --merge, or "
+            "once after the last"
+        )
+    return (values[0],) * models
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """Check the merge options against each other and the method; ValueError reports all problems.
+
+    Options that the method does not use are refused.
+    """
+    method, base, given = arguments.method, arguments.base_model, arguments.given
+    merges = tuple(value for name, value in given if name == "merge")
+    problems = []
+    paired_values: dict[str, tuple[float, ...] | None] = {}
+    for option in ("weight", "density"):
+        try:
+            paired_values[option] = paired(given, option)
+        except ValueError as error:
+            problems.append(str(error))
+            paired_values[option] = None
+    weights, densities = paired_values["weight"], paired_values["density"]
+    options = {name for name, _ in given}
+
+    if not merges:
+        problems.append("no model to merge; name at least one with --merge")
+    if method != "ties" and "density" in options:
+        problems.append(f"--density is for ties, --method is {method}")
+    if method != "ties" and arguments.naive_count:
+        problems.append(f"--naive-count is for ties, --method is {method}")
+    if method != "ties" and "weight" not in options:
+        problems.append(f"--method {method} needs --weight")
+    normalize = arguments.normalize is not False
+    if method == "slerp":
+        problems += _slerp_problems(arguments, merges, weights)
+    elif method == "ties":
+        if base is None:
+            problems.append("--method ties needs --base-model, the model the others came from")
+        problems += [
+            f"--density: expected a number in (0, 1], got {density:g}"
+            for density in densities or ()
+            if not 0 < density <= 1
+        ]
+        if normalize and any(weight < 0 for weight in weights or ()):
+            problems.append("negative weights with ties need --no-normalize")
+    elif weights and normalize:
+        from merge_methods import check_normalizable
+
+        try:
+            check_normalizable(weights)
+        except ValueError as error:
+            problems.append(f"{error}; use --no-normalize or other weights")
+    refuse(problems)
+    count = len(merges)
+    return Settings(
+        method=method,
+        base=base,
+        merges=merges,
+        weights=weights or (DEFAULT_WEIGHT,) * count,
+        densities=(densities or (DEFAULT_DENSITY,) * count) if method == "ties" else None,
+        normalize=normalize and method != "slerp",
+        naive_count=arguments.naive_count,
+    )
+
+
+def _slerp_problems(
+    arguments: argparse.Namespace, merges: Sequence[str], weights: Sequence[float] | None
+) -> list[str]:
+    problems = []
+    models = len(merges) + (arguments.base_model is not None)
+    if models != 2:
+        problems.append(
+            f"slerp merges exactly two models, --base-model and one --merge or two --merge; "
+            f"got {models}"
+        )
+    if len([name for name, _ in arguments.given if name == "weight"]) > 1:
+        problems.append("slerp takes one --weight, the t between its two models")
+    problems += [
+        f"--weight: slerp needs t in [0, 1], got {t:g}"
+        for t in sorted(set(weights or ()))
+        if not 0 <= t <= 1
+    ]
+    if arguments.normalize is not None:
+        problems.append("--normalize and --no-normalize are for ties and linear, not for slerp")
+    return problems
+
+
+def table(settings: Settings) -> str:
+    """Return the resolved settings as text, one model a line."""
+    rows = [("model", "weight", "density")]
+    if settings.method == "slerp":
+        t = settings.weights[0]
+        rows += list(zip(settings.operands, (f"{1 - t:g}", f"{t:g}"), ("", ""), strict=True))
+    else:
+        if settings.base is not None:
+            role = "base" if settings.method == "ties" else "donor only"
+            rows.append((settings.base, role, ""))
+        densities = settings.densities or ("",) * len(settings.merges)
+        rows += [
+            (model, f"{weight:g}", str(density))
+            for model, weight, density in zip(
+                settings.merges, settings.weights, densities, strict=True
+            )
+        ]
+    width = max(len(row[0]) for row in rows)
+    lines = [
+        f"{model:<{width}}  {weight:<10}  {density}".rstrip() for model, weight, density in rows
+    ]
+    flags = [settings.method]
+    if settings.method != "slerp":
+        flags.append("normalized" if settings.normalize else "not normalized")
+    if settings.naive_count:
+        flags.append("naive count")
+    return "\n".join([f"method: {', '.join(flags)}", *lines])
+
+
+# ---------------------------------------------------------------------------- plan
+
+
+def plan_merge(
+    donor: "Checkpoint",
+    models: "Sequence[Checkpoint]",
+    combine: "Callable[[torch.dtype], Combine]",
+    *,
+    dtype: "torch.dtype | None" = None,
+    trust_remote_code: bool = False,
+) -> "Planned":
+    """Say how each tensor of the merged model is made from the tensors that the models store.
+
+    Raises ValueError with every tensor that is missing, extra or of another shape.
+    """
+    import checkpoints as ck
+
+    cls = ck.model_class(donor.config, donor.path, trust_remote_code)
+    skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
+    aligned = {m: ck.aligned(m, donor, skeleton.base_model_prefix) for m in dict.fromkeys(models)}
+    models = [aligned[model] for model in models]
+    ignored = ck.ignored_names((donor, *models), skeleton)
+    ties = ck.possible_ties(skeleton, donor.tensors)
+    untied = [t for t, s in ties.items() if not all(ck.is_tied(m, t, s) for m in models)]
+    names = [n for n in donor.tensors if n not in ignored and (n not in ties or n in untied)]
+    names += [name for name in untied if name not in donor.tensors]
+
+    plan: Plan = {}
+    problems = [f"{donor.name}: {problem}" for problem in problems]
+    for name in names:
+        reference = donor.tensors.get(name) or donor.tensors[ties[name]]
+        target = ck.output_dtype(reference.dtype, dtype)
+        if reference.dtype not in ck.FLOAT_DTYPES:
+            plan[name] = ck.Recipe((ck.Source(donor, name),), reference.shape, target)
+            continue
+        sources = tuple(
+            ck.Source(m, ties[name] if name in ties and ck.is_tied(m, name, ties[name]) else name)
+            for m in models
+        )
+        plan[name] = ck.Recipe(sources, reference.shape, target, combine(target))
+    for model in dict.fromkeys(models):
+        problems += compare(model, plan, ignored | ties.keys())
+    refuse(problems)
+    config = (
+        ck.changed_config(donor.config, tie_word_embeddings=not untied) if ties else donor.config
+    )
+    return ck.Planned(plan, config, cls, tuple(sorted(ignored)))
+
+
+def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
+    """Return how a model's stored tensors differ from what the plan takes of it."""
+    import checkpoints as ck
+
+    problems = []
+    taken = {s.name: r for r in plan.values() for s in r.sources if s.checkpoint is model}
+    missing = taken.keys() - model.tensors.keys()
+    extra = model.tensors.keys() - taken.keys() - plan.keys() - optional
+    if missing:
+        problems.append(f"{model.name}: misses {some(missing)}, which the donor has")
+    if extra:
+        problems.append(f"{model.name}: has {some(extra)}, which the donor does not have")
+    for name in sorted(taken.keys() - missing):
+        found, expected = model.tensors[name], taken[name]
+        if found.shape != expected.shape:
+            problems.append(
+                f"{model.name}: {name} has shape {found.shape}, the donor's has {expected.shape}"
+            )
+        elif expected.combine and found.dtype not in ck.FLOAT_DTYPES:
+            problems.append(f"{model.name}: {name} is {found.dtype}, the donor's is floating-point")
+    return problems
+
+
+# ---------------------------------------------------------------------------- run
+
+
+def work(argv: Sequence[str] | None) -> None:
+    started = time.monotonic()
+    arguments = build_parser().parse_args(argv)
+    settings = settings_from(arguments)
+    cli.say(arguments.quiet, table(settings))
+
+    models = cli.open_inputs(arguments, filter(None, (settings.base, *settings.merges)))
+    donor = models[settings.base or settings.merges[0]]
+    planned = plan_merge(
+        donor,
+        [models[name] for name in settings.operands],
+        lambda target: METHODS[settings.method](settings, target),
+        dtype=cli.chosen_dtype(arguments.dtype),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+    from checkpoints import donor_files
+
+    files = donor_files(donor, donor if arguments.copy_tokenizer else None)
+    cli.write(arguments, planned, files, started)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The tensor maths of model merging: linear, slerp and ties. Tensors and numbers in, tensor out.
+
+Each function combines the same-named tensor of several models:
+
+    merged = ties(base, [math, code], weights=[1.0, 1.0], densities=[0.5, 0.5])
+
+Inputs may have any shape and any floating dtype, mixed, on one device; they are never modified. The
+arithmetic is done in at least float32, sums of terms that may cancel in float64, and the result is
+rounded to `dtype`, which defaults to the dtype of the first tensor (of the base, for ties).
+
+Work goes through the flattened tensors in chunks, so that only a few megabytes are needed besides
+the result. Every step is element by element, or a count of integers, or a sum over blocks of fixed
+size, so the size of the chunks does not change a bit of the result. NaN and infinities in the input
+reach the output.
+"""
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK = 1 << 17  # elements: a handful of float32 scratch tensors of this size stay in the cache
+DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
+DOT_BLOCK = 1 << 16  # elements: sums run over blocks of this size whatever the chunk
+PARALLEL_THRESHOLD = 0.9995  # |cos| above which slerp interpolates linearly
+
+
+def _work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _check_same_shape(tensors: Sequence[Tensor]) -> None:
+    shapes = [tuple(t.shape) for t in tensors]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"expected tensors of one shape, got {shapes}")
+
+
+def _chunks(tensor: Tensor) -> Iterator[slice]:
+    size = CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
+    return (slice(start, start + size) for start in range(0, tensor.numel(), size))
+
+
+def _scratch(like: Tensor, work: torch.dtype, count: int) -> list[Tensor]:
+    """Return `count` uninitialised buffers of `like`'s largest chunk."""
+    size = min(like.numel(), CPU_CHUNK if like.device.type == "cpu" else DEVICE_CHUNK)
+    return [torch.empty(size, dtype=work, device=like.device) for _ in range(count)]
+
+
+def _weighted_sum(
+    tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None
+) -> Tensor:
+    """Return the sum of weights[i] * tensors[i], summed in float64.
+
+    In float32, terms that nearly cancel would leave an error of many units in the last place of
+    even a bfloat16 result; float64 costs no more time than the tricks that avoid it.
+    """
+    flat = [t.reshape(-1) for t in tensors]
+    out = torch.empty(flat[0].numel(), dtype=dtype or tensors[0].dtype, device=flat[0].device)
+    scratch = _scratch(out, torch.float64, 2)
+    for chunk in _chunks(out):
+        total, term = (s[: out[chunk].numel()] for s in scratch)
+        for i, (tensor, weight) in enumerate(zip(flat, weights, strict=True)):
+            if i == 0:
+                total.copy_(tensor[chunk]).mul_(weight)
+            else:
+                total.add_(term.copy_(tensor[chunk]).mul_(weight))
+        out[chunk].copy_(total)
+    return out.view(tensors[0].shape)
+
+
+def linear(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Average the tensors: sum_i w_i * theta_i, over sum_i w_i when normalising (arXiv 2203.05482).
+
+    Weights may be negative. Raises ValueError if the shapes differ, or if normalising by weights
+    whose sum is about zero.
+    """
+    _check_same_shape(tensors)
+    if normalize:
+        total = check_normalizable(weights)
+        weights = [w / total for w in weights]
+    return _weighted_sum(tensors, weights, dtype)
+
+
+def check_normalizable(weights: Sequence[float]) -> float:
+    """Return the sum of the weights; ValueError if it is about zero, compared with their sizes."""
+    total = math.fsum(weights)
+    if abs(total) <= 1e-6 * math.fsum(abs(w) for w in weights):
+        raise ValueError(f"weights {list(weights)} sum to {total:g} and cannot be normalised")
+    return total
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Return the cosine of two flat tensors, 0 if a norm is zero; float64 sums of fixed blocks."""
+    products: tuple[list[Tensor], ...] = ([], [], [])
+    for start in range(0, a.numel(), DOT_BLOCK):
+        block_a = a[start : start + DOT_BLOCK].to(torch.float64)
+        block_b = b[start : start + DOT_BLOCK].to(torch.float64)
+        for sums, x, y in zip(
+            products, (block_a, block_a, block_b), (block_a, block_b, block_b), strict=True
+        ):
+            sums.append(torch.dot(x, y))
+    aa, ab, bb = (math.fsum(torch.stack(sums).tolist()) if sums else 0.0 for sums in products)
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    return ab / norms if norms != 0 else 0.0
+
+
+def slerp(a: Tensor, b: Tensor, t: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Interpolate on the arc from a (t = 0) to b (t = 1), each tensor taken as one long vector.
+
+        (sin((1-t) theta) * a + sin(t theta) * b) / sin(theta),   cos(theta) = a.b / (|a| |b|)
+
+    (Shoemake 1985.) Where |cos(theta)| > 0.9995, or a norm is zero, the arc is not defined well:
+    (1-t) * a + t * b. Raises ValueError if t is outside [0, 1] or the shapes differ.
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"slerp needs t in [0, 1], got {t}")
+    _check_same_shape([a, b])
+    cosine = _cosine(a.reshape(-1), b.reshape(-1))
+    if abs(cosine) > PARALLEL_THRESHOLD or cosine == 0 and not (a.any() and b.any()):
+        weights = [1 - t, t]
+    else:
+        theta = math.acos(cosine)
+        weights = [
+            math.sin((1 - t) * theta) / math.sin(theta),
+            math.sin(t * theta) / math.sin(theta),
+        ]
+    return _weighted_sum([a, b], weights, dtype)
+
+
+def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int) -> float:
+    """Return the k-th largest |tensor - base|, exactly, of two flat tensors.
+
+    The bits of a float that is not negative are ordered like its value, so the answer is found 16
+    bits at a time: count how often each value of the upper bits occurs, see in which the k-th
+    largest lies, and go on with the next bits of the entries that share them.
+    """
+    work = _work_dtype([base, tensor])
+    bits_dtype, width = (torch.int64, 64) if work == torch.float64 else (torch.int32, 32)
+    scratch = _scratch(base, work, 2)
+    prefix = 0
+    for shift in range(width - 16, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=base.device)
+        for chunk in _chunks(base):
+            delta, other = (s[: base[chunk].numel()] for s in scratch)
+            delta.copy_(tensor[chunk]).sub_(other.copy_(base[chunk])).abs_()
+            bits = delta.view(bits_dtype)
+            if shift < width - 16:
+                bits = bits[bits >> shift + 16 == prefix]
+            digits = (bits >> shift).bitwise_and_(0xFFFF)
+            counts += torch.bincount(digits, minlength=1 << 16)
+        at_least = counts.flip(0).cumsum(0)  # entries with this digit, counted down, or a larger
+        place = int(torch.searchsorted(at_least, k))
+        k -= int(at_least[place - 1]) if place else 0
+        prefix = prefix << 16 | 0xFFFF - place
+    code = "<d" if width == 64 else "<f"
+    return float(struct.unpack(code, prefix.to_bytes(width // 8, "little"))[0])
+
+
+def _trim_threshold(base: Tensor, tensor: Tensor, density: float) -> float:
+    """Return the largest float below the k-th largest |delta|, k = max(1, floor(density * n))."""
+    k = max(1, math.floor(density * base.numel()))
+    if k >= base.numel():
+        return 0.0
+    kth = torch.tensor(_kth_largest_magnitude(base, tensor, k), dtype=_work_dtype([base, tensor]))
+    return float(torch.nextafter(kth, torch.zeros_like(kth)))
+
+
+def ties(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    normalize: bool = True,
+    naive_count: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Merge what each tensor changed of the base, by TIES (arXiv 2306.01708, section 4).
+
+    With delta_t = theta_t - base:
+
+    1. Trim: keep the entries of delta_t whose magnitude is at least its k-th largest,
+       k = max(1, floor(density_t * n)); equal magnitudes at the threshold are all kept.
+    2. Elect: per entry, the sign of sum_t w_t * delta_t, or with `naive_count` the sign of
+       sum_t sign(w_t * delta_t); zero counts as +.
+    3. Merge: per entry, the sum of the w_t * delta_t that have the elected sign, divided by the sum
+       of their w_t when normalising; 0 where none has it.
+
+    Returns base + merged. Raises ValueError if the shapes differ, a density is outside (0, 1], or a
+    weight is negative while normalising.
+    """
+    _check_same_shape([base, *tensors])
+    if not all(0 < density <= 1 for density in densities):
+        raise ValueError(f"ties needs densities in (0, 1], got {list(densities)}")
+    if normalize and any(w < 0 for w in weights):
+        raise ValueError(f"ties with negative weights {list(weights)} cannot be normalised")
+    work = _work_dtype([base, *tensors])
+    flat_base = base.reshape(-1)
+    flat = [t.reshape(-1) for t in tensors]
+    thresholds = [_trim_threshold(flat_base, t, d) for t, d in zip(flat, densities, strict=True)]
+    out = torch.empty(base.numel(), dtype=dtype or base.dtype, device=base.device)
+    scratch = _scratch(out, work, 5 + len(tensors))
+    ballots = _scratch(out, torch.float64, 2)  # float32 rounding could turn a tie into a vote
+    tiny = torch.finfo(work).tiny
+    for chunk in _chunks(out):
+        origin, elected, term, merged, weight_sum, *deltas = (
+            s[: out[chunk].numel()] for s in scratch
+        )
+        votes, ballot = (s[: out[chunk].numel()] for s in ballots)
+        origin.copy_(flat_base[chunk])
+        votes.zero_()
+        for delta, tensor, weight, threshold in zip(deltas, flat, weights, thresholds, strict=True):
+            delta.copy_(tensor[chunk]).sub_(origin)
+            torch.hardshrink(delta, threshold, out=delta)
+            ballot.copy_(delta).mul_(weight)
+            votes.add_(ballot.sign_() if naive_count else ballot)
+            delta.mul_(weight)
+        elected.copy_(votes.ge_(0)).mul_(2).sub_(1)
+        merged.zero_()
+        weight_sum.zero_()
+        for delta, weight in zip(deltas, weights, strict=True):
+            agreeing = delta.mul_(elected).relu_()
+            merged.add_(agreeing)
+            weight_sum.add_(torch.sign(agreeing, out=term).mul_(weight))
+        if normalize:
+            merged.div_(weight_sum.clamp_min_(tiny))
+        out[chunk].copy_(merged.mul_(elected).add_(origin))
+    return out.view(base.shape)

@@ -1,0 +1,202 @@
+"""bakllama.py: scale, sources, heads, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Make, contents, loads_clean, stored
+
+import bakllama
+
+
+def write(tmp_path: Path, text: str) -> str:
+    config = tmp_path / "stack.yml"
+    config.write_text(text)
+    return str(config)
+
+
+def layer(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{number}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def test_scale_multiplies_all_weights_of_a_slice(make: Make, output: Path, tmp_path: Path) -> None:
+    a, b = make("llama-bias", 0), make("llama-bias", 1)
+    config = write(
+        tmp_path,
+        f"""
+layer_slices:
+  - {{model: {a}, start: 0, end: 2}}
+  - {{model: {b}, start: 3, end: 4, scale: 0.9}}
+""",
+    )
+    assert bakllama.main([config, str(output)]) == 0
+    stacked = stored(output)
+    for part, tensor in layer(stored(a), 1).items():
+        assert torch.equal(layer(stacked, 1)[part], tensor)
+    scaled = layer(stored(b), 3)
+    assert len(scaled) == 16
+    for part, tensor in scaled.items():
+        assert torch.equal(layer(stacked, 2)[part], (tensor.double() * 0.9).bfloat16()), part
+
+
+def test_scale_by_module_multiplies_those_alone(make: Make, output: Path, tmp_path: Path) -> None:
+    a = make("llama-bias", 0)
+    config = write(
+        tmp_path,
+        f"""
+layer_slices:
+  - {{model: {a}, start: 2, end: 3, scale: {{o_proj: 0.7, down_proj: 0.5}}}}
+""",
+    )
+    assert bakllama.main([config, str(output)]) == 0
+    factors = {"self_attn.o_proj": 0.7, "mlp.down_proj": 0.5}
+    for part, tensor in layer(stored(a), 2).items():
+        factor = factors.get(part.rpartition(".")[0], 1.0)
+        assert torch.equal(layer(stored(output), 0)[part], (tensor.double() * factor).bfloat16())
+
+
+def test_a_layer_may_be_used_many_times(make: Make, output: Path, tmp_path: Path) -> None:
+    a = make("llama", 0)
+    one = f"{{model: {a}, start: 1, end: 2}}"
+    config = write(tmp_path, "layer_slices: [" + ", ".join([one] * 5) + "]")
+    assert bakllama.main([config, str(output)]) == 0
+    stacked, source = stored(output), layer(stored(a), 1)
+    for number in range(5):
+        assert all(torch.equal(layer(stacked, number)[p], t) for p, t in source.items())
+    assert loads_clean(output).config.num_hidden_layers == 5
+
+
+def test_embedding_and_head_come_from_their_sources(
+    make: Make, output: Path, tmp_path: Path
+) -> None:
+    a, b, c, d = (make("llama", seed) for seed in range(4))
+    config = write(
+        tmp_path,
+        f"""
+layer_slices:
+  - {{model: {a}, start: 0, end: 1}}
+  - {{model: {b}, start: 1, end: 2}}
+embedding_source: {c}
+lm_head_source: {d}
+""",
+    )
+    assert bakllama.main([config, str(output)]) == 0
+    stacked = stored(output)
+    embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    assert torch.equal(stacked[embedding], stored(c)[embedding])
+    assert torch.equal(stacked[norm], stored(d)[norm])
+    assert torch.equal(stacked[head], stored(d)[head])
+    tokenizer = "tokenizer_config.json"
+    assert (output / tokenizer).read_bytes() == (c / tokenizer).read_bytes()
+
+
+@pytest.mark.parametrize("ask", [False, True])
+def test_tied_heads(ask: bool, make: Make, output: Path, tmp_path: Path) -> None:
+    """Tied sources stay tied, but a head that is asked for by name is kept."""
+    a, b = make("llama-tied", 0), make("llama-tied", 1)
+    text = (
+        f"layer_slices: [{{model: {a}, start: 0, end: 1}}, {{model: {b}, start: 1, end: 2}}]\n"
+        + f"lm_head_source: {b}\n" * ask
+    )
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    stacked, embedding = stored(output), "model.embed_tokens.weight"
+    assert torch.equal(stacked[embedding], stored(a)[embedding])
+    assert torch.equal(stacked["model.norm.weight"], stored(b)["model.norm.weight"])
+    assert ("lm_head.weight" in stacked) == ask
+    model = loads_clean(output)
+    assert model.config.tie_word_embeddings == (not ask)
+    head = stored(b if ask else a)[embedding]
+    assert torch.equal(model.lm_head.weight.bfloat16(), head)
+
+
+def test_the_head_of_a_tied_source_is_its_embedding(
+    make: Make, output: Path, tmp_path: Path
+) -> None:
+    a, b = make("llama", 0), make("llama-tied", 1)
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 1}}, {{model: {b}, start: 1, end: 2}}]"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    assert torch.equal(stored(output)["lm_head.weight"], stored(b)["model.embed_tokens.weight"])
+    assert not loads_clean(output).config.tie_word_embeddings
+
+
+def test_dtype_and_shards(make: Make, tmp_path: Path) -> None:
+    a, b = make("mixtral", 0), make("mixtral", 1)
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 2}}, {{model: {b}, start: 1, end: 3}}]"
+    config = write(tmp_path, text)
+    assert bakllama.main([config, str(tmp_path / "one"), "--dtype", "float32"]) == 0
+    options = ["--dtype", "float32", "--max-shard-size", "60KB"]
+    assert bakllama.main([config, str(tmp_path / "many"), *options]) == 0
+    one, many = stored(tmp_path / "one"), stored(tmp_path / "many")
+    assert {t.dtype for t in one.values()} == {torch.float32}
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert len(contents(tmp_path / "many")) > len(contents(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1, 2]", "expected a mapping with the key layer_slices"),
+        ("layer_slices: []", "layer_slices: expected a list of at least one slice"),
+        ("layer_slice: []", "layer_slice: unknown key"),
+        (
+            "layer_slices: [{model: M, start: 0, end: 2, size: 3}]",
+            r"layer_slices\[0\].size: unknown",
+        ),
+        ("layer_slices: [{start: 0, end: 2}]", r"layer_slices\[0\].model: expected the name"),
+        ("layer_slices: [{model: M, start: 0}]", r"layer_slices\[0\].end: .* found nothing"),
+        ("layer_slices: [{model: M, start: true, end: 2}]", r"\[0\].start: .* found True"),
+        ("layer_slices: [{model: M, start: 0, end: 1.5}]", r"\[0\].end: .* found 1.5"),
+        (
+            "layer_slices: [{model: M, start: 2, end: 2}]",
+            r"layer_slices\[0\]: expected start < end",
+        ),
+        ("layer_slices: [{model: M, start: -1, end: 2}]", r"\[0\].start: .* found -1"),
+        ("layer_slices: [{model: M, start: 0, end: 7}]", r"layer_slices\[0\]: .*0 to 6 of M"),
+        ("layer_slices: [{model: M, start: 0, end: 1, scale: .nan}]", r"\[0\].scale: .*finite"),
+        ("layer_slices: [{model: M, start: 0, end: 1, scale: big}]", r"\[0\].scale: .*'big'"),
+        (
+            "layer_slices: [{model: M, start: 0, end: 1, scale: {o_proj: x}}]",
+            r"layer_slices\[0\].scale.o_proj: expected a finite number",
+        ),
+        (
+            "layer_slices: [{model: M, start: 0, end: 1, scale: {oproj: 1}}]",
+            r"layer_slices\[0\].scale.oproj: no such module .*o_proj",
+        ),
+        ("layer_slices: [{model: M, start: 0, end: 1}]\nembedding_source: 3", "embedding_source: "),
+        ("layer_slices: [", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_refused(
+    text: str,
+    message: str,
+    make: Make,
+    output: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make("llama")
+    config = write(tmp_path, text.replace("M", str(model)))
+    assert bakllama.main([config, str(output)]) == 2
+    assert not output.parent.exists()
+    text = capsys.readouterr().err.replace(str(model), "M")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(text)
+
+
+def test_models_that_do_not_fit_are_refused(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = make("llama")
+    for other, message in (
+        (make("gpt2"), "a gpt2 model, whose layers have attn.c_attn"),
+        (make("llama", hidden_size=64), "has shape"),
+        (make("llama", intermediate_size=40), "mlp.down_proj.weight has shape (32, 40)"),
+    ):
+        slices = f"{{model: {a}, start: 0, end: 1}}, {{model: {other}, start: 0, end: 2}}"
+        text = f"layer_slices: [{slices}]"
+        assert bakllama.main([write(tmp_path, text), str(output)]) == 2
+        assert message in capsys.readouterr().err
+        assert not output.parent.exists()
