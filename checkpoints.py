@@ -45,12 +45,12 @@ UNCOPIED_FILES = re.compile(
 )
 TOKENIZER_FILES = re.compile(
     r"tokenizer|^vocab\.|^merges\.txt$|^special_tokens_map\.json$|^added_tokens\.json$|\.model$"
-    r"|\.tiktoken$|^chat_template"
+    r"|\.tiktoken$|chat_template"
 )
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
 COMPUTED_BUFFERS = re.compile(
-    r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias"
-    r"|attention\.masked_bias|attention\.bias|embeddings\.position_ids)$"
+    r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias"
+    r"|embeddings\.position_ids)$"
 )
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAFETENSORS_DTYPES = {
@@ -410,12 +410,9 @@ def changed_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig
 def ignored_names(checkpoints: Iterable[Checkpoint], model: PreTrainedModel) -> set[str]:
     """Return the stored tensors that are buffers which the model computes by itself."""
     own = model.state_dict()
-    return {
-        name
-        for checkpoint in checkpoints
-        for name in checkpoint.tensors
-        if COMPUTED_BUFFERS.search(name) and name not in own
-    }
+    stored = {name for checkpoint in checkpoints for name in checkpoint.tensors}
+    buffers = module_names(model, filter(COMPUTED_BUFFERS.search, stored))
+    return {name for name, module in buffers.items() if module not in own}
 
 
 def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:

@@ -1,0 +1,315 @@
+"""Opening and saving checkpoints: file formats, names, copied files, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Make, contents, loads_clean, stored
+from safetensors.torch import save_file
+
+import bakllama
+import checkpoints
+import main
+
+
+def rewrite(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Copy a checkpoint with other tensors."""
+    shutil.copytree(source, target)
+    for file in target.glob("model*.safetensors*"):
+        file.unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, target / "model.safetensors")
+    return target
+
+
+def linear(output: Path, *models: Path, options: tuple[str, ...] = ()) -> int:
+    merges = [text for model in models for text in ("--merge", str(model))]
+    return main.main([str(output), "--method", "linear", "--weight", "1", *merges, *options])
+
+
+def test_bin_checkpoints_merge_like_safetensors(make: Make, tmp_path: Path) -> None:
+    a, b = make("llama", 1), make("llama", 2)
+    tensors = stored(a)
+    single, sharded = tmp_path / "single", tmp_path / "sharded"
+    for folder in (single, sharded):
+        folder.mkdir()
+        shutil.copyfile(a / "config.json", folder / "config.json")
+    torch.save(tensors, single / "pytorch_model.bin")
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[:20], names[20:])):
+        file = f"pytorch_model-{i}.bin"
+        torch.save({name: tensors[name] for name in part}, sharded / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (sharded / "pytorch_model.bin.index.json").write_text(index)
+
+    assert linear(tmp_path / "expected", a, b) == 0
+    expected = stored(tmp_path / "expected")
+    for folder in (single, sharded):
+        out = tmp_path / f"merged-{folder.name}"
+        assert linear(out, folder, b) == 0
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(out).items())
+        assert not list(out.glob("*.bin"))
+
+
+def test_safetensors_win_over_bin(make: Make, tmp_path: Path, output: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(make("llama", 1), both)
+    torch.save({"model.norm.weight": torch.zeros(3)}, both / "pytorch_model.bin")
+    assert linear(output, both) == 0
+    assert torch.equal(
+        stored(output)["model.norm.weight"], stored(make("llama", 1))["model.norm.weight"]
+    )
+
+
+def test_a_bin_that_stores_the_tied_head_twice_is_tied(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    a, both = make("llama-tied", 1), tmp_path / "both"
+    both.mkdir()
+    shutil.copyfile(a / "config.json", both / "config.json")
+    tensors = stored(a)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, both / "pytorch_model.bin")
+    assert linear(output, both, a) == 0
+    assert stored(output).keys() == stored(a).keys()
+    assert loads_clean(output).config.tie_word_embeddings
+
+
+def test_a_pickle_with_code_is_refused(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    shutil.copyfile(make("llama") / "config.json", evil / "config.json")
+    torch.save({"model.norm.weight": Path("x")}, evil / "pytorch_model.bin")
+    assert linear(output, evil) == 2
+    text = capsys.readouterr().err
+    assert "pytorch_model.bin" in text and "Convert it to safetensors" in text
+
+
+def test_names_without_the_base_prefix_are_aligned(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    """Early GPT-2 checkpoints have `wte.weight`, later ones `transformer.wte.weight`."""
+    with_prefix = make("gpt2", 1)
+    bare = rewrite(
+        make("gpt2", 2),
+        tmp_path / "bare",
+        {n.removeprefix("transformer."): t for n, t in stored(make("gpt2", 2)).items()},
+    )
+    assert linear(tmp_path / "expected", with_prefix, make("gpt2", 2)) == 0
+    assert linear(output, with_prefix, bare) == 0
+    expected = stored(tmp_path / "expected")
+    assert all(torch.equal(t, expected[n]) for n, t in stored(output).items())
+    assert linear(tmp_path / "reverse", bare, with_prefix) == 0
+    reverse = stored(tmp_path / "reverse")
+    assert all(torch.equal(t, reverse[n.removeprefix("transformer.")]) for n, t in expected.items())
+    config = tmp_path / "stack.yml"
+    config.write_text(
+        f"layer_slices: [{{model: {bare}, start: 0, end: 1}}, "
+        f"{{model: {with_prefix}, start: 1, end: 2}}]"
+    )
+    assert bakllama.main([str(config), str(tmp_path / "stack")]) == 0
+    loads_clean(tmp_path / "stack")
+
+
+def test_computed_buffers_are_ignored_and_said_so(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(6)}
+    old = rewrite(make("llama", 1), tmp_path / "old", stored(make("llama", 1)) | buffers)
+    for models in ((old, make("llama", 2)), (make("llama", 2), old)):
+        assert linear(output, *models, options=("--overwrite",)) == 0
+        assert "ignored: model.layers.0.self_attn.rotary_emb.inv_freq" in capsys.readouterr().err
+        assert stored(output).keys() == stored(make("llama", 1)).keys()
+
+
+def test_integer_tensors_are_the_donors(make: Make, tmp_path: Path, output: Path) -> None:
+    """A tensor of integers, such as a counter, has no average; here GPT-2's stored mask has one."""
+    name = "transformer.h.0.attn.bias"
+    models = []
+    for seed in (1, 2):
+        mask = {name: torch.full((1, 1, 64, 64), seed, dtype=torch.uint8)}
+        tensors = stored(make("gpt2", seed)) | mask
+        models.append(rewrite(make("gpt2", seed), tmp_path / str(seed), tensors))
+    donor = checkpoints.open_checkpoint(str(models[0]))
+    other = checkpoints.open_checkpoint(str(models[1]))
+    planned = main.plan_merge(donor, [donor, other], lambda dtype: lambda tensors: tensors[1])
+    assert name in planned.ignored and name not in planned.plan
+
+
+def test_other_files_are_copied_byte_for_byte(make: Make, tmp_path: Path, output: Path) -> None:
+    donor = tmp_path / "donor"
+    shutil.copytree(make("llama", 1), donor)
+    kept = {
+        "tokenizer.json": b'{"odd  spacing": 1}\r\n',
+        "tokenizer.model": bytes(range(256)),
+        "special_tokens_map.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+        "additional_chat_templates/tool.jinja": b"{{ tools }}",
+        "preprocessor_config.json": b"{ }",
+        "generation_config.json": b'{"temperature":0.123, "do_sample": true}',
+        "modeling_own.py": b"# code\n",
+        "LICENSE": b"licence",
+    }
+    dropped = {
+        "README.md": b"the donor's card",
+        "optimizer.pt": b"x",
+        "training_args.bin": b"x",
+        "trainer_state.json": b"{}",
+        "model.gguf": b"x",
+        ".gitattributes": b"x",
+        "checkpoint-500/config.json": b"{}",
+        "original/params.json": b"{}",
+        "pytorch_model.bin.index.json": b"{}",
+    }
+    for name, content in (kept | dropped).items():
+        (donor / name).parent.mkdir(exist_ok=True)
+        (donor / name).write_bytes(content)
+    assert linear(output, donor, make("llama", 2)) == 0
+    found = contents(output)
+    for name, content in kept.items():
+        assert found[name] == content
+    expected = kept.keys() | {"config.json", "model.safetensors", "tokenizer_config.json"}
+    assert found.keys() == expected
+
+    without = ("--no-copy-tokenizer", "--overwrite")
+    assert linear(output, donor, make("llama", 2), options=without) == 0
+    gone = {"tokenizer.json", "tokenizer.model", "special_tokens_map.json", "tokenizer_config.json"}
+    gone |= {"chat_template.jinja", "additional_chat_templates/tool.jinja"}
+    assert contents(output).keys() == expected - gone
+
+
+def test_float32_tensors_in_a_bfloat16_model_stay_float32(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    router = "model.layers.0.mlp.gate.weight"
+    models = []
+    for seed in (1, 2):
+        tensors = stored(make("qwen3-moe", seed))
+        tensors[router] = tensors[router].float() + 1e-6
+        models.append(rewrite(make("qwen3-moe", seed), tmp_path / str(seed), tensors))
+    assert linear(output, *models) == 0
+    result = stored(output)
+    assert result[router].dtype == torch.float32
+    assert result["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    loads_clean(output)
+
+
+def test_written_files_have_the_usual_permissions(make: Make, output: Path) -> None:
+    assert linear(output, make("llama", 1)) == 0
+    probe = output.parent.parent / "probe"
+    probe.touch()
+    assert {f.stat().st_mode for f in output.iterdir()} == {probe.stat().st_mode}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_input_is_refused_by_name(
+    value: float, make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = stored(make("llama", 1))
+    tensors["model.layers.3.mlp.up_proj.weight"][2, 3] = value
+    bad = rewrite(make("llama", 1), tmp_path / "bad", tensors)
+    assert linear(output, make("llama", 2), bad) == 2
+    text = capsys.readouterr().err
+    assert f"{bad}: model.layers.3.mlp.up_proj.weight contains NaN or infinity" in text
+    assert not output.parent.exists()
+
+
+def test_an_overflow_is_refused(
+    make: Make, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--no-normalize", "--weight", "1e6", "--dtype", "float16")
+    a = str(make("llama", 1))
+    assert main.main([str(output), "--method", "linear", "--merge", a, *options]) == 2
+    assert "overflows float16; try another --dtype" in capsys.readouterr().err
+    assert not output.parent.exists()
+
+
+def test_an_adapter_and_a_quantised_model_are_refused(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert linear(output, adapter) == 2
+    assert "a LoRA adapter" in capsys.readouterr().err
+    quantised = tmp_path / "quantised"
+    shutil.copytree(make("llama"), quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(config))
+    assert linear(output, quantised) == 2
+    assert "quantised (gptq)" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_the_whole_model_and_nothing_else(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert linear(output, make("llama", 1), options=("--max-shard-size", "20KB")) == 0
+    before = contents(output)
+    assert linear(output, make("llama", 2)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert contents(output) == before
+    assert linear(output, make("llama", 2), options=("--overwrite",)) == 0
+    assert len(list(output.glob("*.safetensors*"))) == 1
+    other = tmp_path / "documents"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert linear(other, make("llama", 2), options=("--overwrite",)) == 2
+    assert "not a model" in capsys.readouterr().err
+    assert contents(other) == {"thesis.txt": b"years of work"}
+
+
+def test_outputs_that_touch_an_input_are_refused(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "parent" / "model"
+    shutil.copytree(make("llama", 1), model)
+    before = contents(tmp_path)
+    for output in (model, model / "sub", model.parent, tmp_path / "parent" / "." / "model"):
+        assert linear(output, model, options=("--overwrite",)) == 2
+        assert "is, contains or lies in the input" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -> None:
+    """Anonymous memory, measured in a process of its own, for 2 and for 8 models of 25 MB."""
+    import subprocess
+    import sys
+
+    big = make("llama", 1, hidden_size=512, intermediate_size=1024, vocab_size=2048)
+    size = (big / "model.safetensors").stat().st_size
+    assert size > 20e6
+    code = (
+        "import sys, threading, time, main\n"
+        "peak, done = 0, False\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while not done:\n"
+        "        lines = open('/proc/self/status').read().splitlines()\n"
+        "        anon = next(int(l.split()[1]) for l in lines if l.startswith('RssAnon'))\n"
+        "        peak = max(peak, anon); time.sleep(0.002)\n"
+        "watcher = threading.Thread(target=watch); watcher.start()\n"
+        "status = main.main(sys.argv[1:]); done = True; watcher.join()\n"
+        "print(peak * 1024); sys.exit(status)"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    peaks = []
+    for count in (2, 8):
+        merges = ["--merge", str(big)] * count
+        command = [sys.executable, "-c", code, str(tmp_path / str(count)), "--base-model", str(big)]
+        done = subprocess.run(
+            [*command, *merges, "--density", "0.5"],
+            cwd=Path(main.__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < size
