@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
+from files import donor_files
 from problems import refuse, some
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ SLICE_KEYS = ("model", "start", "end", "scale")
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
 # Config lists that name layers by number, rather than having one entry per layer.
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+SIZES = ("hidden_size",)  # config values in which all models of a stack must agree
 NOT_PER_LAYER = re.compile(r"_token_ids?$|^architectures$")
 
 
@@ -73,7 +75,7 @@ def read_stack(path: Path) -> Stack:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     refuse([f"{path}: {problem}" for problem in _stack_problems(content)])
     slices = tuple(Slice(**entry) for entry in content["layer_slices"])
@@ -263,7 +265,7 @@ def plan_stack(
     refuse(list(_shape_problems(plan, layers[donor.name], donor)))
     config = stacked_config(stack, models, tied)
     refuse(ck.assemble(cls, config, plan)[1])
-    return ck.Planned(plan, config, cls, tuple(sorted(ignored)))
+    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)))
 
 
 def _copy(
@@ -276,6 +278,7 @@ def _copy(
     target = ck.output_dtype(info.dtype, dtype)
     scaled = scale != 1.0 and info.dtype in ck.FLOAT_DTYPES
     return ck.Recipe(
+        "scaled" if scaled else "copied",
         (ck.Source(checkpoint, name),),
         info.shape,
         target,
@@ -393,19 +396,21 @@ def work(argv: Sequence[str] | None) -> None:
     started = time.monotonic()
     arguments = build_parser().parse_args(argv)
     stack = read_stack(Path(arguments.config))
-    cli.say(arguments.quiet, table(stack))
-    models = cli.open_inputs(arguments, stack.models)
-    planned = plan_stack(
-        stack,
-        models,
-        dtype=cli.chosen_dtype(arguments.dtype),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    cli.say(arguments.quiet and not arguments.dry_run, table(stack))
+    problems: list[str] = []
+    models = cli.open_inputs(arguments, stack.models, SIZES, problems)
 
-    from checkpoints import donor_files
+    def plan() -> "Planned":
+        return plan_stack(
+            stack,
+            models,
+            dtype=cli.chosen_dtype(arguments.dtype),
+            trust_remote_code=arguments.trust_remote_code,
+        )
 
-    files = donor_files(models[stack.slices[0].model], models[stack.embedding_source])
-    cli.write(arguments, planned, files, started)
+    donor, embedding = models[stack.slices[0].model], models[stack.embedding_source]
+    copied = donor_files(donor.path, embedding.path)
+    cli.write(arguments, plan, copied, problems, started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

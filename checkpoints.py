@@ -1,24 +1,21 @@
-"""Open a checkpoint; save one, lazily and atomically.
+"""Open a checkpoint; save a planned one, lazily.
 
 A checkpoint is a directory (or a Hub repository, downloaded first) with a config and the named
 tensors of its weight files. A plan maps each output name to the `Recipe` of its tensor; `save`
 computes them one by one as transformers' `save_pretrained` writes them, shard by shard.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -27,31 +24,24 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from files import weight_files
 from problems import refuse, some
+from staging import staged
 
-# Weight files in the order in which transformers prefers them, each with its index of shards.
-WEIGHT_FILES = {
-    "model.safetensors": "model.safetensors.index.json",
-    "pytorch_model.bin": "pytorch_model.bin.index.json",
-}
-WEIGHT_SUFFIXES = "safetensors bin pt pth ckpt gguf ggml onnx onnx_data h5 msgpack ot npz tflite"
-WEIGHT_PATTERNS = [f"*.{suffix}" for suffix in WEIGHT_SUFFIXES.split()]
-# Not the model's: original-format duplicates, training leftovers, and the donor's own model card.
-UNCOPIED_FOLDERS = re.compile(
-    r"^(\.|checkpoint-|global_step|runs$|original$|onnx$|openvino$|coreml$)"
-)
-UNCOPIED_FILES = re.compile(
-    r"^\.|^config\.json$|\.index\.json$|^README\.md$|^trainer_state\.json$|^adapter_config\.json$"
-)
-TOKENIZER_FILES = re.compile(
-    r"tokenizer|^vocab\.|^merges\.txt$|^special_tokens_map\.json$|^added_tokens\.json$|\.model$"
-    r"|\.tiktoken$|chat_template"
-)
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
 COMPUTED_BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias"
     r"|embeddings\.position_ids)$"
 )
+# Config values that change what a model computes with the same tensors.
+MEANINGS = (
+    "model_type rope_parameters rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps hidden_act "
+    "hidden_activation activation_function num_attention_heads num_key_value_heads head_dim "
+    "sliding_window layer_types no_rope_layers partial_rotary_factor query_pre_attn_scalar "
+    "attn_logit_softcapping final_logit_softcapping logit_scale embedding_multiplier "
+    "residual_multiplier attention_multiplier logits_scaling num_experts_per_tok "
+    "use_parallel_residual"
+).split()
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -106,6 +96,7 @@ class Source(NamedTuple):
 class Recipe:
     """How an output tensor is made: `combine` of the sources, or a copy of the only one."""
 
+    how: str  # one word for the user: merged, scaled, copied
     sources: tuple[Source, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -123,6 +114,7 @@ Plan = dict[str, Recipe]
 class Planned:
     """A planned model: its tensors, config and class, and the stored tensors that are left out."""
 
+    donor: str
     plan: Plan
     config: PretrainedConfig
     cls: type[PreTrainedModel]
@@ -132,70 +124,18 @@ class Planned:
     def parameters(self) -> int:
         return sum(torch.Size(recipe.shape).numel() for recipe in self.plan.values())
 
+    @property
+    def nbytes(self) -> int:
+        return sum(recipe.nbytes for recipe in self.plan.values())
 
-def _looks_like_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
-
-
-def _download(model: str, cache_dir: str | None) -> Path:
-    """Fetch a Hub repository's config, tokenizer, code and one format of its weights."""
-    repo, _, revision = model.partition("@")
-    skipped = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", "openvino/*"]
-    folder = Path(
-        snapshot_download(
-            repo, revision=revision or None, cache_dir=cache_dir, ignore_patterns=skipped
-        )
-    )
-    commit = folder.name
-    for single, index in WEIGHT_FILES.items():
-        try:
-            hf_hub_download(repo, single, revision=commit, cache_dir=cache_dir)
-            return folder
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            pass
-        if (folder / index).exists():
-            shards = sorted(set(_weight_map(folder / index).values()))
-            snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=shards)
-            return folder
-    return folder
-
-
-def find(model: str, cache_dir: str | None = None) -> Path:
-    """Return the directory of a model: a local one, or the snapshot of a Hub id, downloaded."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{model}: expected a directory with a model, found a file")
-    if _looks_like_path(model):
-        raise FileNotFoundError(f"{model}: no such directory")
-    try:
-        return _download(model, cache_dir)
-    except (OSError, ValueError) as error:  # the errors of huggingface_hub are of these kinds
-        cause = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"{model}: no such local directory, and the Hub gave no model of that name: {cause}"
-        ) from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected a JSON index with a weight_map: {error!r}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers would load from a folder."""
-    for single, index in WEIGHT_FILES.items():
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            return [folder / file for file in sorted(set(_weight_map(folder / index).values()))]
-    raise FileNotFoundError(
-        f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}, or an index of shards"
-    )
+    def shards(self, max_shard_size: str) -> list[int]:
+        """Return the size in bytes of each shard that `save` will write."""
+        placeholders = LazyStateDict(self.plan, lambda name: torch.empty(0))
+        split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
+        return [
+            sum(self.plan[name].nbytes for name in names)
+            for names in split.filename_to_tensors.values()
+        ]
 
 
 def _open_weights(file: Path) -> Any:
@@ -234,43 +174,76 @@ def _headers(file: Path, reader: Any) -> Iterator[tuple[str, TensorInfo]]:
         yield name, TensorInfo(tuple(view.get_shape()), dtype, file, name)
 
 
-def _read_config(model: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{model}: a LoRA adapter, not a whole model; merge it into its base")
-        raise FileNotFoundError(f"{model}: no config.json in {folder}")
+def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a model's config; ValueError if transformers does not understand it."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ValueError(f"{model}: transformers cannot read its config.json: {error}") from error
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise ValueError(
-            f"{model}: quantised ({method or quantisation}); merge the unquantised model instead"
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    return config
+    except Exception as error:
+        cause = str(error).strip().split("\n")[0]
+        raise ValueError(f"{model}: transformers cannot read its config.json: {cause}") from error
 
 
-def open_checkpoint(
-    model: str, *, cache_dir: str | None = None, trust_remote_code: bool = False
-) -> Checkpoint:
-    """Open a local directory or a Hub id (`org/name`, `org/name@revision`); reads headers only.
+def size_problems(
+    models: Mapping[str, PretrainedConfig], donor: str, sizes: Sequence[str]
+) -> list[str]:
+    """Return where models differ from the donor in config values that give tensors their shapes."""
+    return [
+        f"{name}: {key} is {found}, expected the {expected} of {donor}; merge models of one size"
+        for name in models
+        for key, found, expected in _differences(models[name], models[donor], sizes)
+    ]
 
-    Raises FileNotFoundError or ValueError for what is missing, damaged, quantised or an adapter.
+
+def meaning_warnings(models: Mapping[str, PretrainedConfig], donor: str) -> list[str]:
+    """Return where models differ from the donor in what their tensors mean, not in their shapes."""
+    return [
+        f"{name}: {key} is {found}, in {donor} it is {expected}; the output has the latter"
+        for name in models
+        for key, found, expected in _differences(models[name], models[donor], MEANINGS)
+    ]
+
+
+def _differences(
+    config: PretrainedConfig, reference: PretrainedConfig, keys: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    one, other = config.get_text_config(), reference.get_text_config()
+    for key in keys:
+        found, expected = getattr(one, key, None), getattr(other, key, None)
+        if found != expected:
+            yield key, found, expected
+
+
+def open_checkpoint(model: str, folder: Path, config: PretrainedConfig) -> Checkpoint:
+    """Open the weight files of a folder; reads their headers only.
+
+    Raises ValueError with all that is wrong: files missing, truncated, corrupt or not as the index
+    says, and tensors that are stored twice or in a dtype that cannot be merged.
     """
-    folder = find(model, cache_dir)
-    config = _read_config(model, folder, trust_remote_code)
     readers: dict[Path, Any] = {}
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(folder):
-        if not file.is_file():
-            raise FileNotFoundError(f"{model}: {file.name} is named in the index, but missing")
-        readers[file] = _open_weights(file)
-        for name, info in _headers(file, readers[file]):
-            if name in tensors:
-                raise ValueError(f"{model}: {name} is in {file.name} and {tensors[name].file.name}")
-            tensors[name] = info
+    problems = []
+    files, listed = weight_files(folder)
+    for file in files:
+        try:
+            readers[file] = _open_weights(file)
+            for name, info in _headers(file, readers[file]):
+                if name in tensors:
+                    other = tensors[name].file.name
+                    problems.append(f"{model}: {name} is stored twice, in {other} and {file.name}")
+                tensors[name] = info
+        except (ValueError, OSError) as error:
+            problems.append(f"{model}: {error}")
+    if listed is not None and not problems:
+        lost = listed.keys() - tensors.keys()
+        moved = {n for n in listed.keys() & tensors.keys() if tensors[n].file.name != listed[n]}
+        if lost or moved:
+            problems.append(
+                f"{model}: the index names {some(lost | moved)}, which the shards do not hold so; "
+                "expected an index and shards of one save, download or save the model again"
+            )
+    refuse(problems)
     return Checkpoint(model, folder, config, tensors, readers)
 
 
@@ -464,68 +437,6 @@ def _blame(name: str, recipe: Recipe, tensors: Sequence[Tensor]) -> str:
     return f"{name}: the result overflows {dtype}; try another --dtype, or smaller weights"
 
 
-def donor_files(donor: Checkpoint, tokenizer_from: Checkpoint | None) -> dict[str, Path]:
-    """List the non-weight files of a donor, with the tokenizer's files from another, or none."""
-    files = {n: p for n, p in _other_files(donor.path) if not TOKENIZER_FILES.search(n)}
-    if tokenizer_from:
-        files |= {n: p for n, p in _other_files(tokenizer_from.path) if TOKENIZER_FILES.search(n)}
-    return files
-
-
-def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if (
-            path.is_file()
-            and not any(UNCOPIED_FOLDERS.search(part) for part in name.parts[:-1])
-            and not UNCOPIED_FILES.search(name.name)
-            and not any(name.match(pattern) for pattern in WEIGHT_PATTERNS)
-        ):
-            yield name.as_posix(), path
-
-
-def check_output(output: Path, inputs: Sequence[Checkpoint], overwrite: bool) -> list[str]:
-    """Return what speaks against writing a model to this directory."""
-    target = output.resolve()
-    problems = []
-    for checkpoint in inputs:
-        source = checkpoint.path.resolve()
-        if target == source or target in source.parents or source in target.parents:
-            problems.append(f"{output}: the output is, contains or lies in the input {source}")
-    if output.exists() and not output.is_dir():
-        problems.append(f"{output}: the output is a file; name a directory")
-    elif output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            problems.append(f"{output}: not empty; choose another directory, or use --overwrite")
-        elif not (output / "config.json").is_file():
-            problems.append(f"{output}: not a model, so --overwrite does not replace it")
-    return problems
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Give a hidden sibling directory to write in, and the output's name once all went well."""
-    output = output.absolute()
-    created = next((p for p in reversed(output.parents) if not p.exists()), None)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".{output.name}.{os.getpid()}.partial"
-    replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
-    try:
-        staging.mkdir()
-        yield staging
-        if output.exists():
-            output.rename(replaced)
-        staging.rename(output)
-    except BaseException:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        shutil.rmtree(staging, ignore_errors=True)
-        if created is not None:
-            shutil.rmtree(created, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def save(
     planned: Planned,
     files: Mapping[str, Path],
@@ -533,12 +444,14 @@ def save(
     *,
     device: torch.device,
     max_shard_size: str = "5GB",
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> int:
     """Compute and write a planned model and copy other files. Returns the number of shards.
 
     Tensors are computed when `save_pretrained` takes them, so memory holds one shard. The output
-    appears under its name when all is written and has been read back.
+    appears under its name when all is written and has been read back. Raises OSError where it
+    cannot be written, ValueError for values that are not finite.
     """
     plan = planned.plan
     model, problems = assemble(planned.cls, planned.config, plan)
@@ -546,7 +459,7 @@ def save(
     used: set[Source] = set()
 
     with (
-        staged(output) as folder,
+        staged(output, overwrite=overwrite) as folder,
         tqdm(
             total=sum(recipe.nbytes for recipe in plan.values()),
             unit="B",
@@ -569,9 +482,12 @@ def save(
         # How save_pretrained tells meta tensors apart, to find tied ones: here, none is shared.
         model.get_parameter_or_buffer = dict(state).__getitem__
         model._keys_to_ignore_on_save = None
-        model.save_pretrained(
-            folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False
-        )
+        try:
+            model.save_pretrained(
+                folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False
+            )
+        except SafetensorError as error:  # what a failed write comes as
+            raise OSError(f"{output}: cannot be written: {error}") from error
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
@@ -589,7 +505,7 @@ def _umask() -> int:
 def _verify(folder: Path, planned: Planned) -> int:
     """Read back what was written; ValueError if it differs from the plan. Returns shards."""
     plan = planned.plan
-    written = open_checkpoint(str(folder))
+    written = open_checkpoint("output", folder, read_config("output", folder))
     expected = {name: (recipe.shape, recipe.dtype) for name, recipe in plan.items()}
     found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
     if found != expected:

@@ -1,20 +1,24 @@
 """What both scripts have in common on the command line: options, errors and the last line."""
 
 import argparse
-import os
+import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from problems import refuse, some
+import files
+from problems import Problems, collecting, explain, refuse, some
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load; --help does not wait for them
     import torch
 
     from checkpoints import Checkpoint, Planned
 
+LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -52,6 +56,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a model in the output directory, once the new one is whole",
     )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and print the plan, but write nothing",
+    )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -60,41 +69,88 @@ def say(quiet: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def open_inputs(arguments: argparse.Namespace, names: Iterable[str]) -> "dict[str, Checkpoint]":
-    """Check the common options, open the named models, and check where the output would go."""
+def open_inputs(
+    arguments: argparse.Namespace, names: Iterable[str], sizes: Sequence[str], problems: list[str]
+) -> "dict[str, Checkpoint]":
+    """Open the named models, the donor first; add to the problems what speaks against the run.
+
+    Cheap checks come first: nothing is loaded for a mistyped path, nothing downloaded for options
+    that cannot work, no weights downloaded for models of different sizes. `sizes` are the config
+    values in which all must agree. Raises Problems if not all models can be opened.
+    """
+    names = list(dict.fromkeys(names))
+    usable = not problems
+    folders: dict[str, Path] = {}
+    for name in names:
+        if usable or files.is_local(name):
+            with collecting(problems):
+                folders[name] = files.find(name, arguments.cache_dir)
+    output = Path(arguments.output)
+    problems += files.output_problems(output, folders.values(), arguments.overwrite)
+    with collecting(problems):
+        check_shard_size(arguments.max_shard_size)
+    if not usable or len(folders) < len(names):
+        refuse(problems)
+
     import transformers
 
     import checkpoints
 
     transformers.utils.logging.set_verbosity_error()  # its advice is about loading models to run
     transformers.utils.logging.disable_progress_bar()
-    check_shard_size(arguments.max_shard_size)
-    choose_device(arguments.cuda)
-    models = {
-        name: checkpoints.open_checkpoint(
-            name, cache_dir=arguments.cache_dir, trust_remote_code=arguments.trust_remote_code
-        )
-        for name in dict.fromkeys(names)
-    }
-    output = Path(arguments.output)
-    refuse(checkpoints.check_output(output, list(models.values()), arguments.overwrite))
+    with collecting(problems):
+        choose_device(arguments.cuda)
+    configs = {}
+    for name, folder in folders.items():
+        with collecting(problems):
+            configs[name] = checkpoints.read_config(name, folder, arguments.trust_remote_code)
+    if len(configs) < len(names):
+        refuse(problems)
+    if different := checkpoints.size_problems(configs, names[0], sizes):
+        refuse(problems + different)
+    for warning in checkpoints.meaning_warnings(configs, names[0]):
+        say(arguments.quiet, f"warning: {warning}")
+    models = {}
+    for name, folder in folders.items():
+        with collecting(problems):
+            files.fetch_weights(name, folder, arguments.cache_dir)
+            models[name] = checkpoints.open_checkpoint(name, folder, configs[name])
+    if len(models) < len(names):
+        refuse(problems)
     return models
 
 
 def write(
-    arguments: argparse.Namespace, planned: "Planned", files: Mapping[str, Path], started: float
+    arguments: argparse.Namespace,
+    plan: "Callable[[], Planned]",
+    copied: Mapping[str, Path],
+    problems: list[str],
+    started: float,
 ) -> None:
-    """Save a planned model with the common options, and say what came of it."""
+    """Plan a model and save it with the common options, or with --dry-run say what would be saved.
+
+    Raises Problems with all that the plan finds, besides those found before.
+    """
     import checkpoints
 
-    if planned.ignored:
-        say(arguments.quiet, f"ignored: {some(planned.ignored)}")
+    planned = None
+    with collecting(problems):
+        planned = plan()
+    if planned is None:
+        raise Problems(problems)
+    output = Path(arguments.output)
+    extra = sum(path.stat().st_size for path in copied.values())
+    refuse(problems + files.space_problems(output, planned.nbytes + extra))
+    say(arguments.quiet and not arguments.dry_run, summary(planned, arguments.max_shard_size))
+    if arguments.dry_run:
+        return
     shards = checkpoints.save(
         planned,
-        files,
-        Path(arguments.output),
+        copied,
+        output,
         device=choose_device(arguments.cuda),
         max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
         show_progress=not arguments.quiet and sys.stderr.isatty(),
     )
     say(
@@ -103,6 +159,24 @@ def write(
         f"shard{'s' * (shards != 1)}, {time.monotonic() - started:.1f} s, "
         f"peak memory {gigabytes(peak_memory())}",
     )
+
+
+def summary(planned: "Planned", max_shard_size: str) -> str:
+    """Return what a plan will read, make and write, as text."""
+    ways = Counter(recipe.how for recipe in planned.plan.values())
+    dtypes = Counter(str(r.dtype).removeprefix("torch.") for r in planned.plan.values())
+    read = {source: source.info.nbytes for r in planned.plan.values() for source in r.sources}
+    shards = planned.shards(max_shard_size)
+    lines = [
+        f"donor: {planned.donor}, {planned.cls.__name__}",
+        f"tensors: {', '.join(f'{count} {way}' for way, count in ways.most_common())}",
+        f"dtype: {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
+        f"ignored: {some(planned.ignored) or 'none'}",
+        f"reads {gigabytes(sum(read.values()))}, writes {gigabytes(planned.nbytes)} in "
+        f"{len(shards)} shard{'s' * (len(shards) != 1)}, needs about "
+        f"{gigabytes(max(shards, default=0) + LIBRARIES)} of memory",
+    ]
+    return "\n".join(lines)
 
 
 def chosen_dtype(name: str) -> "torch.dtype | None":
@@ -148,15 +222,39 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
+class Interrupted(BaseException):
+    """A signal asked the run to stop."""
+
+
 def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Call a script's work: exit status 0, 2 with one message for a user's error, 130 on Ctrl-C."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    """Call a script's work and return the exit status.
+
+    0; 2 with one message for what a user can mend; 130 on Ctrl-C and 143 on SIGTERM, after the
+    leftovers are removed.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # cleaning up is not to be interrupted
+        received.append(number)
+        raise Interrupted
+
+    handled = threading.current_thread() is threading.main_thread()
+    before = {
+        each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM) if handled
+    }
     try:
         work(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    except BaseException as error:
+        if received:  # the error may be what a library made of the interruption
+            print("interrupted, nothing was left behind", file=sys.stderr)
+            return 128 + received[0]
+        if isinstance(error, ValueError | OSError):
+            print(f"error: {explain(error)}", file=sys.stderr)
+            return 2
+        raise
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     return 0

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cli
-from problems import refuse, some
+from files import donor_files
+from problems import collecting, refuse, some
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 DEFAULT_WEIGHT = 1.0  # for ties; linear and slerp ask for one
 DEFAULT_DENSITY = 0.33
+# Config values in which all models of a merge must agree, as they shape the tensors.
+SIZES = (
+    "hidden_size num_hidden_layers intermediate_size num_local_experts num_experts n_routed_experts"
+).split()
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Settings:
     densities: tuple[float, ...] | None
     normalize: bool
     naive_count: bool
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model, the donor first."""
+        return tuple(filter(None, (self.base, *self.merges)))
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -190,22 +200,18 @@ def paired(given: Sequence[tuple[str, Any]], option: str) -> tuple[Any, ...] | N
     return (values[0],) * models
 
 
-def settings_from(arguments: argparse.Namespace) -> Settings:
-    """Check the merge options against each other and the method; ValueError reports all problems.
+def settings_from(arguments: argparse.Namespace, problems: list[str]) -> Settings:
+    """Check the merge options against each other and the method, and add what is wrong.
 
     Options that the method does not use are refused.
     """
     method, base, given = arguments.method, arguments.base_model, arguments.given
     merges = tuple(value for name, value in given if name == "merge")
-    problems = []
-    paired_values: dict[str, tuple[float, ...] | None] = {}
-    for option in ("weight", "density"):
-        try:
-            paired_values[option] = paired(given, option)
-        except ValueError as error:
-            problems.append(str(error))
-            paired_values[option] = None
-    weights, densities = paired_values["weight"], paired_values["density"]
+    weights, densities = None, None
+    with collecting(problems):
+        weights = paired(given, "weight")
+    with collecting(problems):
+        densities = paired(given, "density")
     options = {name for name, _ in given}
 
     if not merges:
@@ -236,7 +242,6 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
             check_normalizable(weights)
         except ValueError as error:
             problems.append(f"{error}; use --no-normalize or other weights")
-    refuse(problems)
     count = len(merges)
     return Settings(
         method=method,
@@ -333,20 +338,20 @@ def plan_merge(
         reference = donor.tensors.get(name) or donor.tensors[ties[name]]
         target = ck.output_dtype(reference.dtype, dtype)
         if reference.dtype not in ck.FLOAT_DTYPES:
-            plan[name] = ck.Recipe((ck.Source(donor, name),), reference.shape, target)
+            plan[name] = ck.Recipe("copied", (ck.Source(donor, name),), reference.shape, target)
             continue
         sources = tuple(
             ck.Source(m, ties[name] if name in ties and ck.is_tied(m, name, ties[name]) else name)
             for m in models
         )
-        plan[name] = ck.Recipe(sources, reference.shape, target, combine(target))
+        plan[name] = ck.Recipe("merged", sources, reference.shape, target, combine(target))
     for model in dict.fromkeys(models):
         problems += compare(model, plan, ignored | ties.keys())
     refuse(problems)
     config = (
         ck.changed_config(donor.config, tie_word_embeddings=not untied) if ties else donor.config
     )
-    return ck.Planned(plan, config, cls, tuple(sorted(ignored)))
+    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)))
 
 
 def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
@@ -378,23 +383,24 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
 def work(argv: Sequence[str] | None) -> None:
     started = time.monotonic()
     arguments = build_parser().parse_args(argv)
-    settings = settings_from(arguments)
-    cli.say(arguments.quiet, table(settings))
+    problems: list[str] = []
+    settings = settings_from(arguments, problems)
+    if not problems:
+        cli.say(arguments.quiet and not arguments.dry_run, table(settings))
+    models = cli.open_inputs(arguments, settings.models, SIZES, problems)
+    donor = models[settings.models[0]]
 
-    models = cli.open_inputs(arguments, filter(None, (settings.base, *settings.merges)))
-    donor = models[settings.base or settings.merges[0]]
-    planned = plan_merge(
-        donor,
-        [models[name] for name in settings.operands],
-        lambda target: METHODS[settings.method](settings, target),
-        dtype=cli.chosen_dtype(arguments.dtype),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    def plan() -> "Planned":
+        return plan_merge(
+            donor,
+            [models[name] for name in settings.operands],
+            lambda target: METHODS[settings.method](settings, target),
+            dtype=cli.chosen_dtype(arguments.dtype),
+            trust_remote_code=arguments.trust_remote_code,
+        )
 
-    from checkpoints import donor_files
-
-    files = donor_files(donor, donor if arguments.copy_tokenizer else None)
-    cli.write(arguments, planned, files, started)
+    copied = donor_files(donor.path, donor.path if arguments.copy_tokenizer else None)
+    cli.write(arguments, plan, copied, problems, started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

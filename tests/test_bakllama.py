@@ -192,7 +192,7 @@ def test_models_that_do_not_fit_are_refused(
     a = make("llama")
     for other, message in (
         (make("gpt2"), "a gpt2 model, whose layers have attn.c_attn"),
-        (make("llama", hidden_size=64), "has shape"),
+        (make("llama", hidden_size=64), "hidden_size is 64, expected the 32"),
         (make("llama", intermediate_size=40), "mlp.down_proj.weight has shape (32, 40)"),
     ):
         slices = f"{{model: {a}, start: 0, end: 1}}, {{model: {other}, start: 0, end: 2}}"

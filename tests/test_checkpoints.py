@@ -135,8 +135,10 @@ def test_integer_tensors_are_the_donors(make: Make, tmp_path: Path, output: Path
         mask = {name: torch.full((1, 1, 64, 64), seed, dtype=torch.uint8)}
         tensors = stored(make("gpt2", seed)) | mask
         models.append(rewrite(make("gpt2", seed), tmp_path / str(seed), tensors))
-    donor = checkpoints.open_checkpoint(str(models[0]))
-    other = checkpoints.open_checkpoint(str(models[1]))
+    donor, other = (
+        checkpoints.open_checkpoint(str(model), model, checkpoints.read_config("", model))
+        for model in models
+    )
     planned = main.plan_merge(donor, [donor, other], lambda dtype: lambda tensors: tensors[1])
     assert name in planned.ignored and name not in planned.plan
 

@@ -12,12 +12,17 @@ from conftest import Make, contents, loads_clean, stored
 from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
+import problems
 
 ROOT = Path(main.__file__).parent
 
 
 def settings(*arguments: str) -> main.Settings:
-    return main.settings_from(main.build_parser().parse_args(["out", *arguments]))
+    """Parse and check arguments; raise for what is wrong."""
+    found: list[str] = []
+    result = main.settings_from(main.build_parser().parse_args(["out", *arguments]), found)
+    problems.refuse(found)
+    return result
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

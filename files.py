@@ -1,0 +1,220 @@
+"""Find the files of models, on this disk or on the Hub, and the place for an output.
+
+Nothing here loads torch or transformers, so that a mistyped path is reported at once.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from problems import some
+
+# Weight files in the order in which transformers prefers them, each with its index of shards.
+WEIGHT_FILES = {
+    "model.safetensors": "model.safetensors.index.json",
+    "pytorch_model.bin": "pytorch_model.bin.index.json",
+}
+WEIGHT_SUFFIXES = "safetensors bin pt pth ckpt gguf ggml onnx onnx_data h5 msgpack ot npz tflite"
+WEIGHT_PATTERNS = [f"*.{suffix}" for suffix in WEIGHT_SUFFIXES.split()]
+# Not the model's: original-format duplicates, training leftovers, and the donor's own model card.
+UNCOPIED_FOLDERS = re.compile(
+    r"^(\.|checkpoint-|global_step|runs$|original$|onnx$|openvino$|coreml$)"
+)
+UNCOPIED_FILES = re.compile(
+    r"^\.|^config\.json$|\.index\.json$|^README\.md$|^trainer_state\.json$|^adapter_config\.json$"
+)
+TOKENIZER_FILES = re.compile(
+    r"tokenizer|^vocab\.|^merges\.txt$|^special_tokens_map\.json$|^added_tokens\.json$|\.model$"
+    r"|\.tiktoken$|chat_template"
+)
+# Of Hub repositories: what is never needed, whatever the format of the weights.
+NOT_DOWNLOADED = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", "openvino/*"]
+
+
+def is_local(model: str) -> bool:
+    """Whether a name is meant as a path: it exists, or no Hub id looks like it."""
+    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    return looks_like_path or Path(model).exists()
+
+
+def find(model: str, cache_dir: str | None = None) -> Path:
+    """Return the folder of a model; of a Hub id, a snapshot that has all but the weights so far.
+
+    Raises FileNotFoundError if there is none, and ValueError for what is no model to merge.
+    """
+    folder = Path(model).expanduser()
+    if is_local(model):
+        if not folder.exists():
+            raise FileNotFoundError(f"{model}: looked for a local directory, there is none")
+        if not folder.is_dir():
+            raise ValueError(f"{model}: expected a directory with a model, found a file")
+    else:
+        folder = _snapshot(model, cache_dir)
+    _check_config(model, folder)
+    return folder
+
+
+def _snapshot(model: str, cache_dir: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    repo, _, revision = model.partition("@")
+    try:
+        snapshot = snapshot_download(
+            repo, revision=revision or None, cache_dir=cache_dir, ignore_patterns=NOT_DOWNLOADED
+        )
+    except Exception as error:  # network libraries raise errors of many kinds
+        where = "in the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "on the Hub"
+        raise FileNotFoundError(
+            f"{model}: looked for a local directory and {where}, found no such model: "
+            f"{_first_line(error)}"
+        ) from error
+    return Path(snapshot)
+
+
+def fetch_weights(model: str, folder: Path, cache_dir: str | None = None) -> None:
+    """Download the weights of a Hub model into its snapshot, in one format; nothing if local."""
+    if is_local(model):
+        return
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repo, commit = model.partition("@")[0], folder.name
+    try:
+        for single, index in WEIGHT_FILES.items():
+            try:
+                hf_hub_download(repo, single, revision=commit, cache_dir=cache_dir)
+                return
+            except EntryNotFoundError:  # not on the Hub; offline, not in the cache
+                pass
+            if (folder / index).exists():
+                shards = sorted(set(_weight_map(folder / index).values()))
+                snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=shards)
+                return
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{model}: its weights could not be downloaded: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def read_json(model: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model}: {file.name} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{model}: {file.name} holds no JSON object")
+    return content
+
+
+def _check_config(model: str, folder: Path) -> None:
+    """Refuse a folder without a config, an adapter, and a quantised model, by name."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{model}: a LoRA adapter, not a whole model; merge it into its base model first, "
+                "with peft's merge_and_unload"
+            )
+        raise FileNotFoundError(f"{model}: no config.json in {folder}, so it is not a model")
+    config = read_json(model, folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        quantisation = part.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            raise ValueError(
+                f"{model}: quantised ({method or quantisation}); expected plain weights, merge the "
+                "model that it was quantised from"
+            )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return an index's map from tensor to file; the files must lie beside the index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a JSON index with a weight_map: {error!r}") from error
+    outside = {file for file in entries.values() if Path(file).name != file or "\\" in file}
+    if outside:
+        raise ValueError(f"{index}: expected files beside the index, found {some(outside)}")
+    return entries
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files that transformers would load, and what their index says, if any."""
+    for single, index in WEIGHT_FILES.items():
+        if (folder / single).is_file():
+            return [folder / single], None
+        if (folder / index).is_file():
+            listed = _weight_map(folder / index)
+            shards = sorted(set(listed.values()))
+            missing = [file for file in shards if not (folder / file).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{folder}: {index} names {some(missing)}, missing there")
+            return [folder / file for file in shards], listed
+    raise FileNotFoundError(
+        f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}, or an index of shards"
+    )
+
+
+def donor_files(donor: Path, tokenizer_from: Path | None) -> dict[str, Path]:
+    """List a donor folder's non-weight files, with the tokenizer's from another folder, or none."""
+    files = {n: p for n, p in _other_files(donor) if not TOKENIZER_FILES.search(n)}
+    if tokenizer_from:
+        files |= {n: p for n, p in _other_files(tokenizer_from) if TOKENIZER_FILES.search(n)}
+    return files
+
+
+def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if (
+            path.is_file()
+            and not any(UNCOPIED_FOLDERS.search(part) for part in name.parts[:-1])
+            and not UNCOPIED_FILES.search(name.name)
+            and not any(name.match(pattern) for pattern in WEIGHT_PATTERNS)
+        ):
+            yield name.as_posix(), path
+
+
+def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> list[str]:
+    """Return what speaks against writing a model to this directory."""
+    target = output.resolve()
+    problems = []
+    for folder in inputs:
+        source = folder.resolve()
+        if target == source or target in source.parents or source in target.parents:
+            problems.append(
+                f"{output}: the output is, contains or lies in the input {folder}; name another"
+            )
+    if output.is_symlink():
+        problems.append(f"{output}: the output is a symbolic link; name the directory itself")
+    elif output.exists() and not output.is_dir():
+        problems.append(f"{output}: the output is a file; name a directory")
+    elif output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            problems.append(f"{output}: not empty; name another directory, or use --overwrite")
+        elif not (output / "config.json").is_file():
+            problems.append(f"{output}: not a model, so --overwrite does not replace it")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        problems.append(f"{output}: {existing} is a file, so nothing can be written below it")
+    return problems
+
+
+def space_problems(output: Path, needed: int) -> list[str]:
+    """Return a problem if the disk of the output has less than `needed` bytes free."""
+    existing = next(parent for parent in output.resolve().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return []
+    return [
+        f"{output}: needs {needed / 1e9:.2f} GB of disk, {existing} has {free / 1e9:.2f} GB free"
+    ]

@@ -1,0 +1,134 @@
+"""Write a directory so that it appears under its name whole, or not at all.
+
+Everything is written to a hidden sibling, `.NAME.partial`, flushed to the disk, and renamed. The
+sibling is locked while its run lives: what a killed run left there is cleared by the next run for
+the same output, and a second run at the same time is refused.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+
+
+@contextmanager
+def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a directory to write in; when the `with` ends well, it becomes `output`.
+
+    With `overwrite` an existing output is replaced, whole. On any error or interruption all that
+    was written is removed, with the parent directories that were made for it. Raises ValueError if
+    another run is writing the same output.
+    """
+    output = output.resolve()
+    staging = output.with_name(f".{output.name}.partial")
+    replaced = output.with_name(f".{output.name}.replaced")
+    made = [parent for parent in output.parents if not parent.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _claimed(staging, output):
+            _recover(replaced, output)
+            try:
+                yield staging
+                _sync(staging)
+                _put(staging, output, replaced, overwrite)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)  # the old output, where all went well
+    except BaseException:
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _claimed(staging: Path, output: Path) -> Iterator[None]:
+    """Lock the staging directory, emptied, and the output, which will take its place."""
+    message = f"{output}: another run is writing this output; wait for it, or name another"
+    locks = [_lock(staging, message)]
+    try:
+        if output.is_dir():
+            locks.append(_lock(output, message))
+        for left in staging.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def _lock(directory: Path, message: str) -> int:
+    """Open a directory, made if need be, and lock it until it is closed or the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there, two runs at once are not told apart
+        directory.mkdir(exist_ok=True)
+        return os.open(os.devnull, os.O_RDONLY)
+    while True:
+        directory.mkdir(exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if directory.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(message) from None
+        except FileNotFoundError:  # renamed by a run that ended just now
+            pass
+        os.close(descriptor)
+
+
+def _recover(replaced: Path, output: Path) -> None:
+    """Undo what a run left that was killed between the two renames of `_put`."""
+    if replaced.exists():
+        if output.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(output)
+
+
+def _put(staging: Path, output: Path, replaced: Path, overwrite: bool) -> None:
+    """Give the staging directory the output's name; the old output, if any, gets the other."""
+    if overwrite and output.exists():
+        if not _exchange(staging, output):
+            output.rename(replaced)
+            staging.rename(output)
+            replaced.rename(staging)
+    else:
+        staging.rename(output)  # onto nothing, or an empty directory
+    _sync_one(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, where the system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    done = rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    if done != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(code, os.strerror(code), str(other))
+    return bool(done == 0)
+
+
+def _sync(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name == "posix":  # elsewhere, directories cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
