@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from files import weight_files
+from files import read_json, weight_files
 from problems import refuse, some
 from staging import staged
 
@@ -182,6 +182,9 @@ def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         )
     except Exception as error:
         cause = str(error).strip().split("\n")[0]
+        own_code = "auto_map" in read_json(model, folder / "config.json")
+        if own_code and not trust_remote_code:
+            cause = "it brings its own code; if you trust that, use --trust-remote-code"
         raise ValueError(f"{model}: transformers cannot read its config.json: {cause}") from error
 
 
@@ -505,7 +508,7 @@ def _umask() -> int:
 def _verify(folder: Path, planned: Planned) -> int:
     """Read back what was written; ValueError if it differs from the plan. Returns shards."""
     plan = planned.plan
-    written = open_checkpoint("output", folder, read_config("output", folder))
+    written = open_checkpoint("output", folder, type(planned.config).from_pretrained(folder))
     expected = {name: (recipe.shape, recipe.dtype) for name, recipe in plan.items()}
     found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
     if found != expected:

@@ -4,6 +4,7 @@ Nothing here loads torch or transformers, so that a mistyped path is reported at
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -194,8 +195,8 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
             problems.append(
                 f"{output}: the output is, contains or lies in the input {folder}; name another"
             )
-    if output.is_symlink():
-        problems.append(f"{output}: the output is a symbolic link; name the directory itself")
+    if os.path.ismount(target):
+        problems.append(f"{output}: a mount point, which cannot be replaced; name a folder in it")
     elif output.exists() and not output.is_dir():
         problems.append(f"{output}: the output is a file; name a directory")
     elif output.is_dir() and any(output.iterdir()):

@@ -366,14 +366,17 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
         problems.append(f"{model.name}: misses {some(missing)}, which the donor has")
     if extra:
         problems.append(f"{model.name}: has {some(extra)}, which the donor does not have")
+    shapes, integers = [], []
     for name in sorted(taken.keys() - missing):
         found, expected = model.tensors[name], taken[name]
         if found.shape != expected.shape:
-            problems.append(
-                f"{model.name}: {name} has shape {found.shape}, the donor's has {expected.shape}"
-            )
+            shapes.append(f"{name} {found.shape}, not {expected.shape}")
         elif expected.combine and found.dtype not in ck.FLOAT_DTYPES:
-            problems.append(f"{model.name}: {name} is {found.dtype}, the donor's is floating-point")
+            integers.append(f"{name} ({found.dtype})")
+    if shapes:
+        problems.append(f"{model.name}: not of the donor's shapes are {some(shapes)}")
+    if integers:
+        problems.append(f"{model.name}: not floating-point, as the donor's, are {some(integers)}")
     return problems
 
 
