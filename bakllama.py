@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from checkpoints import Checkpoint, Plan, Planned, Recipe
+    from checkpoints import Checkpoint, Plan, Planned, Recipe, Source
 
 TOP_KEYS = ("layer_slices", "embedding_source", "lm_head_source")
 SLICE_KEYS = ("model", "start", "end", "scale")
@@ -138,7 +138,9 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return -sys.float_info.max <= value <= sys.float_info.max
+    return False
 
 
 def _kind(value: Any) -> str:
@@ -155,6 +157,7 @@ class Layers:
     prefix: str
     parts: list[dict[str, str]]  # one {part: stored name} per layer
     others: list[str]  # stored names outside the layers
+    beyond: set[str]  # numbered like layers, but above the depth: e.g. for predicting more tokens
 
 
 def find_layers(checkpoint: "Checkpoint") -> Layers:
@@ -172,9 +175,10 @@ def find_layers(checkpoint: "Checkpoint") -> Layers:
             f"{some(fitting) if fitting else 'none'}; bakllama.py stacks the layers of decoders"
         )
     chosen = stacks[fitting[0]]
-    inside = {name for i in range(depth) for name in chosen[i].values()}
-    others = [name for name in checkpoint.tensors if name not in inside]
-    return Layers(fitting[0], [chosen[i] for i in range(depth)], others)
+    numbered = {name for layer in chosen.values() for name in layer.values()}
+    others = [name for name in checkpoint.tensors if name not in numbered]
+    beyond = {name for i in chosen.keys() - set(range(depth)) for name in chosen[i].values()}
+    return Layers(fitting[0], [chosen[i] for i in range(depth)], others, beyond)
 
 
 def scale_of(scale: "float | Mapping[str, float]", part: str) -> float:
@@ -207,8 +211,9 @@ def stacked_config(
                     raise ValueError(f"{name}: config.json lacks {key} for each of its layers")
             changes[key] = [lists[name][i] for name, i in chosen]
     embedding = parts[stack.embedding_source]
-    if getattr(embedding, "vocab_size", None) != getattr(donor, "vocab_size", None):
-        changes["vocab_size"] = embedding.vocab_size
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(embedding, key, None) != getattr(donor, key, None):
+            changes[key] = getattr(embedding, key)
     return changed_config(models[stack.slices[0].model].config, **changes)
 
 
@@ -227,60 +232,87 @@ def plan_stack(
     import checkpoints as ck
 
     donor = models[stack.slices[0].model]
+    refuse([f"{m.name}: {reason}" for m in models.values() if (reason := _unstackable(m))])
     cls = ck.model_class(donor.config, donor.path, trust_remote_code)
     skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
     refuse([f"{donor.name}: {problem}" for problem in problems])
-    models = {n: ck.aligned(m, donor, skeleton.base_model_prefix) for n, m in models.items()}
-    donor = models[donor.name]
-    embedding, head = models[stack.embedding_source], models[stack.lm_head_source]
-    layers = {name: find_layers(checkpoint) for name, checkpoint in models.items()}
+    ties = ck.possible_ties(skeleton, donor.tensors)
+    others = [model for model in models.values() if model is not donor]
+    aligned = ck.aligned([donor, *others], skeleton.base_model_prefix, ties)
+    models = {model.name: model for model in aligned}
+    donor, embedding = models[donor.name], models[stack.embedding_source]
+    head = models[stack.lm_head_source]
+    layers = {name: find_layers(model) for name, model in models.items()}
     refuse([*_range_problems(stack, layers), *_family_problems(models, layers, donor)])
     ignored = ck.ignored_names(models.values(), skeleton)
-    ties = ck.possible_ties(skeleton, donor.tensors)
-    tied = not stack.head_asked_for and all(
-        ck.is_tied(model, t, s) for model in (embedding, head) for t, s in ties.items()
-    )
+    for found in layers.values():
+        ignored |= found.beyond
+    tied = {model: ck.tied_names(model, ties) for model in (embedding, head)}
+    all_tied = not stack.head_asked_for and all(tied[m] == ties.keys() for m in tied)
+    rows, notes = ck.vocabulary_rows(cls, skeleton, embedding, [head])
 
-    plan: Plan = {}
+    def of_head(name: str) -> "Source":
+        """Return a tensor after the layers, its rows those of the embedding's vocabulary."""
+        stored = ties[name] if name in tied[head] else name
+        given = ck.Source(embedding, ties[name] if name in tied[embedding] else name)
+        return ck.Source(head, stored, rows(head, stored, given))
 
-    def copy(output: str, checkpoint: "Checkpoint", name: str, scale: float = 1.0) -> None:
-        if name not in ignored:
-            plan[output] = _copy(checkpoint, name, scale, dtype)
-
+    sources: dict[str, tuple[Source, float]] = {}
     on_embedding_side = _embedding_side(skeleton)
-    for name in layers[stack.embedding_source].others:
+    for name in layers[embedding.name].others:
         if on_embedding_side(name):
-            copy(name, embedding, name)
+            sources[name] = ck.Source(embedding, name), 1.0
     chosen = [(entry, i) for entry in stack.slices for i in range(entry.start, entry.end)]
     for number, (entry, i) in enumerate(chosen):
         for part, name in layers[entry.model].parts[i].items():
             output = f"{layers[donor.name].prefix}.{number}.{part}"
-            copy(output, models[entry.model], name, scale_of(entry.scale, part))
-    for name in layers[stack.lm_head_source].others:
+            sources[output] = ck.Source(models[entry.model], name), scale_of(entry.scale, part)
+    for name in layers[head.name].others:
         if not on_embedding_side(name) and name not in ties:
-            copy(name, head, name)
-    for target, source in ties.items():
-        if not tied:
-            copy(target, head, source if ck.is_tied(head, target, source) else target)
+            sources[name] = of_head(name), 1.0
+    if not all_tied:
+        sources |= {name: (of_head(name), 1.0) for name in ties}
+    problems = [
+        f"{source.checkpoint.name}: misses {source.name}"
+        for source, _ in sources.values()
+        if source.name not in source.checkpoint.tensors
+    ]
+    refuse(problems)
+    plan = {
+        name: _recipe(source, scale, dtype)
+        for name, (source, scale) in sources.items()
+        if source.name not in ignored
+    }
     refuse(list(_shape_problems(plan, layers[donor.name], donor)))
-    config = stacked_config(stack, models, tied)
+    config = stacked_config(stack, models, all_tied)
     refuse(ck.assemble(cls, config, plan)[1])
-    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)))
+    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)), tuple(notes))
 
 
-def _copy(
-    checkpoint: "Checkpoint", name: str, scale: float, dtype: "torch.dtype | None"
-) -> "Recipe":
+def _unstackable(model: "Checkpoint") -> str:
+    """Say why a model has no one stack of decoder layers; nothing if it has."""
+    from checkpoints import text_config
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder-decoder model; bakllama.py stacks the layers of decoders alone"
+    if text_config(model.config) is not model.config:
+        return (
+            "a model of several parts, such as vision and text, whose other tensors belong to no "
+            "layer; stack its text model alone, saved as a model of its own"
+        )
+    return ""
+
+
+def _recipe(source: "Source", scale: float, dtype: "torch.dtype | None") -> "Recipe":
     import checkpoints as ck
     from merge_methods import linear
 
-    info = checkpoint.tensors[name]
-    target = ck.output_dtype(info.dtype, dtype)
-    scaled = scale != 1.0 and info.dtype in ck.FLOAT_DTYPES
+    target = ck.output_dtype(source.info.dtype, dtype)
+    scaled = scale != 1.0 and source.info.dtype in ck.FLOAT_DTYPES
     return ck.Recipe(
         "scaled" if scaled else "copied",
-        (ck.Source(checkpoint, name),),
-        info.shape,
+        (source,),
+        source.shape,
         target,
         (lambda t: linear(t, [scale], normalize=False, dtype=target)) if scaled else None,
     )
@@ -299,9 +331,9 @@ def _embedding_side(skeleton: "PreTrainedModel") -> Any:
         module, _, _ = ck.module_names(skeleton, [name])[name].rpartition(".")
         if head is not None and modules.get(module) is head:
             return False
-        return isinstance(modules.get(module), nn.Embedding) or bool(
-            re.search(r"emb|project_in", module)
-        )
+        if isinstance(modules.get(module), nn.Embedding):
+            return True
+        return bool(re.search(r"emb|project_in", module)) and not module.endswith("embedding_norm")
 
     return test
 
@@ -410,6 +442,9 @@ def work(argv: Sequence[str] | None) -> None:
 
     donor, embedding = models[stack.slices[0].model], models[stack.embedding_source]
     copied = donor_files(donor.path, embedding.path)
+    copied.pop("generation_config.json", None)  # it speaks of token ids
+    if (embedding.path / "generation_config.json").is_file():
+        copied["generation_config.json"] = embedding.path / "generation_config.json"
     cli.write(arguments, plan, copied, problems, started)
 
 

@@ -17,16 +17,18 @@ import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
 
 from files import read_json, weight_files
-from problems import refuse, some
+from problems import collecting, refuse, some
 from staging import staged
+from vocabularies import Vocabulary, match, read_tokens, report
 
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
 COMPUTED_BUFFERS = re.compile(
@@ -81,15 +83,45 @@ class Checkpoint:
         return tensor
 
 
-class Source(NamedTuple):
-    """A tensor of a checkpoint, as one of the ingredients of an output tensor."""
+class Rows(NamedTuple):
+    """Which rows of a tensor to take, along `dim`; where none is to be had, those of another."""
+
+    dim: int
+    chosen: Tensor  # (rows of the result), 0 where missing
+    missing: Tensor  # (number of missing rows), their places in the result
+    substitute: "Source"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a checkpoint, or its rows rearranged, as an ingredient of an output tensor."""
 
     checkpoint: Checkpoint
     name: str
+    rows: Rows | None = None
 
     @property
     def info(self) -> TensorInfo:
         return self.checkpoint.tensors[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.info.shape
+        if self.rows is None:
+            return shape
+        return (*shape[: self.rows.dim], len(self.rows.chosen), *shape[self.rows.dim + 1 :])
+
+    def read(self, *, fresh: bool = False) -> Tensor:
+        tensor = self.checkpoint.read(self.name, fresh=fresh)
+        if self.rows is None:
+            return tensor
+        dim, chosen, missing, substitute = self.rows
+        gathered = tensor.index_select(dim, chosen)
+        if len(missing):
+            others = substitute.read().index_select(dim, missing)
+            gathered = gathered.to(torch.promote_types(gathered.dtype, others.dtype))
+            gathered.index_copy_(dim, missing, others.to(gathered.dtype))
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,7 @@ class Planned:
     config: PretrainedConfig
     cls: type[PreTrainedModel]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of it
 
     @property
     def parameters(self) -> int:
@@ -161,6 +194,8 @@ def _headers(file: Path, reader: Any) -> Iterator[tuple[str, TensorInfo]]:
     """Yield the name and header of each tensor in an open weight file."""
     if isinstance(reader, dict):
         for name, tensor in reader.items():
+            if tensor.dtype not in SAFETENSORS_DTYPES.values():
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, which cannot be merged")
             yield name, TensorInfo(tuple(tensor.shape), tensor.dtype, file, name)
         return
     for name in reader.keys():
@@ -211,7 +246,7 @@ def meaning_warnings(models: Mapping[str, PretrainedConfig], donor: str) -> list
 def _differences(
     config: PretrainedConfig, reference: PretrainedConfig, keys: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    one, other = config.get_text_config(), reference.get_text_config()
+    one, other = text_config(config), text_config(reference)
     for key in keys:
         found, expected = getattr(one, key, None), getattr(other, key, None)
         if found != expected:
@@ -329,19 +364,38 @@ def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
     return {name: rename(name) for name in stored}
 
 
-def aligned(checkpoint: Checkpoint, donor: Checkpoint, prefix: str) -> Checkpoint:
-    """Return a checkpoint whose tensors go by the donor's names.
+def aligned(
+    checkpoints: Sequence[Checkpoint], prefix: str, ties: Mapping[str, str]
+) -> list[Checkpoint]:
+    """Return the checkpoints with their tensors under the names of the first.
 
     Some checkpoints were saved without the prefix of the model inside (`wte.weight`), others of the
-    same architecture with it (`transformer.wte.weight`).
+    same architecture with it (`transformer.wte.weight`); a tied head may be stored instead of the
+    embedding. A checkpoint that is given twice stays one.
     """
+    wanted = checkpoints[0].tensors.keys() | ties.keys() | set(ties.values())
 
-    def rename(name: str) -> str:
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        return next((c for c in candidates if c in donor.tensors), name)
+    def renamed(checkpoint: Checkpoint) -> Checkpoint:
+        def rename(name: str) -> str:
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            return next((c for c in candidates if c in wanted), name)
 
-    renamed = {rename(name): info for name, info in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=renamed)
+        tensors = {rename(name): info for name, info in checkpoint.tensors.items()}
+        for target, source in ties.items():
+            if says_tied(checkpoint.config) and source not in tensors and target in tensors:
+                tensors[source] = tensors.pop(target)
+        return replace(checkpoint, tensors=tensors)
+
+    once = {checkpoint: renamed(checkpoint) for checkpoint in dict.fromkeys(checkpoints)}
+    return [once[checkpoint] for checkpoint in checkpoints]
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the modules of the input and output embeddings; None where a model has none."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):  # e.g. of a vision model
+        return None, None
 
 
 def possible_ties(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -352,30 +406,127 @@ def possible_ties(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, st
     """
     ties: dict[str, str] = dict(model.all_tied_weights_keys)
     places = {module: name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight.shape == embedding.weight.shape:
+    embedding, head = _embeddings(model)
+    if (
+        isinstance(embedding, nn.Embedding)
+        and isinstance(head, nn.Linear)
+        and head.weight.shape == embedding.weight.shape
+    ):
         ties.setdefault(f"{places[head]}.weight", f"{places[embedding]}.weight")
     stored_names = {module: name for name, module in module_names(model, stored).items()}
     return {stored_names.get(t, t): stored_names.get(s, s) for t, s in ties.items()}
 
 
+def embedding_name(model: PreTrainedModel, stored: Iterable[str]) -> str | None:
+    """Return the stored name of the input embedding, if it has one row a token."""
+    embedding, _ = _embeddings(model)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    places = {module: name for name, module in model.named_modules()}
+    wanted = f"{places[embedding]}.weight"
+    return next((n for n, module in module_names(model, stored).items() if module == wanted), None)
+
+
+def vocabulary_dims(
+    cls: type[PreTrainedModel], config: PretrainedConfig, stored: Iterable[str]
+) -> dict[str, int]:
+    """Map the stored tensors that have one entry a token to the dimension that counts them.
+
+    A tensor is one if it grows with the config's vocabulary, whatever it is called and whatever
+    other dimensions happen to be as large.
+    """
+    size = text_config(config).vocab_size
+    larger = changed_config(config, vocab_size=size + 64)
+    with torch.device("meta"), no_init_weights():
+        model, grown = cls(changed_config(config)), cls(larger).state_dict()
+    dims = {
+        name: next(
+            d for d, (a, b) in enumerate(zip(t.shape, grown[name].shape, strict=True)) if a != b
+        )
+        for name, t in model.state_dict().items()
+        if t.shape != grown[name].shape
+    }
+    names = module_names(model, stored)
+    return {name: dims[module] for name, module in names.items() if module in dims}
+
+
+def vocabulary_rows(
+    cls: type[PreTrainedModel],
+    skeleton: PreTrainedModel,
+    donor: Checkpoint,
+    models: Sequence[Checkpoint],
+) -> tuple[Callable[[Checkpoint, str, Source], Rows | None], list[str]]:
+    """Match the vocabularies of models with the donor's, by token.
+
+    Returns a function that gives for a model, the stored name of one of its tensors, and the
+    donor's tensor of that role, which rows to take; and lines for the user. Raises Problems.
+    """
+    embedding = embedding_name(skeleton, donor.tensors)
+    if embedding is None:
+        return lambda model, name, given: None, []
+    problems: list[str] = []
+    vocabularies: dict[Checkpoint, Vocabulary] = {}
+    matches: dict[Checkpoint, list[int] | None] = {}
+    for checkpoint in dict.fromkeys((donor, *models)):
+        if embedding in checkpoint.tensors:  # else it is reported as missing
+            with collecting(problems):
+                tokens = read_tokens(checkpoint.path)
+                size = checkpoint.tensors[embedding].shape[0]
+                vocabularies[checkpoint] = Vocabulary(checkpoint.name, size, tokens)
+    refuse(problems)
+    for checkpoint, vocabulary in vocabularies.items():
+        with collecting(problems):
+            matches[checkpoint] = match(vocabularies[donor], vocabulary)
+    refuse(problems)
+    named = {checkpoint.name: found for checkpoint, found in vocabularies.items()}
+    notes = report(vocabularies[donor], named, {c.name: rows for c, rows in matches.items()})
+    if not any(matches.values()):
+        return lambda model, name, given: None, notes
+    dims = vocabulary_dims(cls, donor.config, {n for c in matches for n in c.tensors})
+
+    def rows(model: Checkpoint, name: str, given: Source) -> Rows | None:
+        found = matches.get(model)
+        if found is None or name not in dims or name not in model.tensors:
+            return None
+        if model.tensors[name].shape[dims[name]] != vocabularies[model].rows:
+            return None  # a difference of shapes, reported as such
+        chosen = torch.tensor(found)
+        return Rows(dims[name], chosen.clamp_min(0), (chosen < 0).nonzero().flatten(), given)
+
+    return rows, notes
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the language model."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # several parts qualify
+        return config
+
+
 def says_tied(config: PretrainedConfig) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return bool(getattr(text_config(config), "tie_word_embeddings", False))
 
 
-def is_tied(checkpoint: Checkpoint, target: str, source: str) -> bool:
-    """Whether a checkpoint has one tensor for both: not stored twice, or stored twice and equal."""
-    if not says_tied(checkpoint.config) or source not in checkpoint.tensors:
-        return False
-    if target not in checkpoint.tensors:
-        return True
-    return torch.equal(checkpoint.read(target), checkpoint.read(source))
+def tied_names(checkpoint: Checkpoint, ties: Mapping[str, str]) -> set[str]:
+    """Return those of the possible ties that a checkpoint has: not stored, or stored and equal."""
+    if not says_tied(checkpoint.config):
+        return set()
+    return {
+        target
+        for target, source in ties.items()
+        if source in checkpoint.tensors
+        and (
+            target not in checkpoint.tensors
+            or torch.equal(checkpoint.read(target), checkpoint.read(source))
+        )
+    }
 
 
 def changed_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     """Return a copy of a config in which attributes of its text part are changed."""
     copy = type(config).from_dict(config.to_dict())
-    part = copy.get_text_config()
+    part = text_config(copy)
     for name, value in changes.items():
         setattr(part, name, value)
     if "tie_word_embeddings" in changes:
@@ -416,9 +567,9 @@ class LazyStateDict(dict[str, Tensor]):
         return self._compute(name)
 
 
-def _make(name: str, recipe: Recipe, device: torch.device, *, fresh: bool) -> Tensor:
+def _make(name: str, recipe: Recipe, device: torch.device, *, fresh: bool = False) -> Tensor:
     """Read the sources of a recipe and combine them on the device. Returns a CPU tensor."""
-    tensors = [s.checkpoint.read(s.name, fresh=fresh).to(device) for s in recipe.sources]
+    tensors = [source.read(fresh=fresh).to(device) for source in recipe.sources]
     result = recipe.combine(tensors) if recipe.combine else tensors[0].to(recipe.dtype)
     if not _is_finite(result):
         raise ValueError(_blame(name, recipe, tensors))
@@ -459,7 +610,7 @@ def save(
     plan = planned.plan
     model, problems = assemble(planned.cls, planned.config, plan)
     refuse(problems)
-    used: set[Source] = set()
+    written: set[int] = set()  # addresses of mapped tensors
 
     with (
         staged(output, overwrite=overwrite) as folder,
@@ -474,10 +625,12 @@ def save(
         def compute(name: str) -> Tensor:
             recipe = plan[name]
             bar.set_postfix_str(name, refresh=False)
-            # A mapped tensor that is written twice must not look like one shared by two names.
-            fresh = recipe.sources[0] in used
-            used.add(recipe.sources[0])
-            result = _make(name, recipe, device, fresh=fresh)
+            result = _make(name, recipe, device)
+            if recipe.combine is None:
+                if result.data_ptr() in written:
+                    # Not to look like one tensor shared by two names, which would be refused.
+                    result = _make(name, recipe, device, fresh=True)
+                written.add(result.data_ptr())
             bar.update(recipe.nbytes)
             return result
 

@@ -1,6 +1,7 @@
 """What both scripts have in common on the command line: options, errors and the last line."""
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -175,6 +176,7 @@ def summary(planned: "Planned", max_shard_size: str) -> str:
         f"reads {gigabytes(sum(read.values()))}, writes {gigabytes(planned.nbytes)} in "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, needs about "
         f"{gigabytes(max(shards, default=0) + LIBRARIES)} of memory",
+        *planned.notes,
     ]
     return "\n".join(lines)
 
@@ -200,20 +202,17 @@ def choose_device(cuda: bool) -> "torch.device":
 
 
 def check_shard_size(size: str) -> None:
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        if parse_size_to_int(size) > 0:
-            return
-    except ValueError:
-        pass
-    raise ValueError(f"--max-shard-size: expected a size such as 500MB or 5GB, got {size!r}")
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*[KMGT]B\s*", size, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"--max-shard-size: expected a size such as 500MB or 5GB, got {size!r}")
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    import resource
-
+    """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

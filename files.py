@@ -28,8 +28,8 @@ UNCOPIED_FILES = re.compile(
     r"^\.|^config\.json$|\.index\.json$|^README\.md$|^trainer_state\.json$|^adapter_config\.json$"
 )
 TOKENIZER_FILES = re.compile(
-    r"tokenizer|^vocab\.|^merges\.txt$|^special_tokens_map\.json$|^added_tokens\.json$|\.model$"
-    r"|\.tiktoken$|chat_template"
+    r"tokeniz|^tekken\.json$|^bpe\.codes$|^vocab\.|^merges\.txt$|^special_tokens_map\.json$"
+    r"|^added_tokens\.json$|\.model$|\.tiktoken$|chat_template"
 )
 # Of Hub repositories: what is never needed, whatever the format of the weights.
 NOT_DOWNLOADED = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", "openvino/*"]

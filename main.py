@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from checkpoints import Checkpoint, Plan, Planned
+    from checkpoints import Checkpoint, Plan, Planned, Source
 
     Combine = Callable[[list[Tensor]], Tensor]
 
@@ -318,40 +318,44 @@ def plan_merge(
 ) -> "Planned":
     """Say how each tensor of the merged model is made from the tensors that the models store.
 
-    Raises ValueError with every tensor that is missing, extra or of another shape.
+    Rows of embeddings and heads are matched by token. Raises Problems with every tensor that is
+    missing, extra or of another shape.
     """
     import checkpoints as ck
 
     cls = ck.model_class(donor.config, donor.path, trust_remote_code)
     skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
-    aligned = {m: ck.aligned(m, donor, skeleton.base_model_prefix) for m in dict.fromkeys(models)}
-    models = [aligned[model] for model in models]
-    ignored = ck.ignored_names((donor, *models), skeleton)
+    refuse([f"{donor.name}: {problem}" for problem in problems])
     ties = ck.possible_ties(skeleton, donor.tensors)
-    untied = [t for t, s in ties.items() if not all(ck.is_tied(m, t, s) for m in models)]
+    donor, *models = ck.aligned([donor, *models], skeleton.base_model_prefix, ties)
+    ignored = ck.ignored_names((donor, *models), skeleton)
+    tied = {model: ck.tied_names(model, ties) for model in (donor, *models)}
+    untied = [target for target in ties if not all(target in tied[model] for model in models)]
     names = [n for n in donor.tensors if n not in ignored and (n not in ties or n in untied)]
     names += [name for name in untied if name not in donor.tensors]
+    rows, notes = ck.vocabulary_rows(cls, skeleton, donor, models)
+
+    def source(model: "Checkpoint", name: str) -> "Source":
+        stored = ties[name] if name in tied[model] else name
+        given = ck.Source(donor, ties[name] if name in tied[donor] else name)
+        return ck.Source(model, stored, rows(model, stored, given))
 
     plan: Plan = {}
-    problems = [f"{donor.name}: {problem}" for problem in problems]
     for name in names:
-        reference = donor.tensors.get(name) or donor.tensors[ties[name]]
-        target = ck.output_dtype(reference.dtype, dtype)
-        if reference.dtype not in ck.FLOAT_DTYPES:
-            plan[name] = ck.Recipe("copied", (ck.Source(donor, name),), reference.shape, target)
-            continue
-        sources = tuple(
-            ck.Source(m, ties[name] if name in ties and ck.is_tied(m, name, ties[name]) else name)
-            for m in models
-        )
-        plan[name] = ck.Recipe("merged", sources, reference.shape, target, combine(target))
+        info = source(donor, name).info
+        target = ck.output_dtype(info.dtype, dtype)
+        if info.dtype in ck.FLOAT_DTYPES:
+            sources = tuple(source(model, name) for model in models)
+            plan[name] = ck.Recipe("merged", sources, info.shape, target, combine(target))
+        else:
+            plan[name] = ck.Recipe("copied", (ck.Source(donor, name),), info.shape, target)
     for model in dict.fromkeys(models):
         problems += compare(model, plan, ignored | ties.keys())
     refuse(problems)
-    config = (
-        ck.changed_config(donor.config, tie_word_embeddings=not untied) if ties else donor.config
-    )
-    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)))
+    config = donor.config
+    if ties and ck.says_tied(config) != (not untied):
+        config = ck.changed_config(config, tie_word_embeddings=not untied)
+    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)), tuple(notes))
 
 
 def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
@@ -359,7 +363,7 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
     import checkpoints as ck
 
     problems = []
-    taken = {s.name: r for r in plan.values() for s in r.sources if s.checkpoint is model}
+    taken = {s.name: (s, r) for r in plan.values() for s in r.sources if s.checkpoint is model}
     missing = taken.keys() - model.tensors.keys()
     extra = model.tensors.keys() - taken.keys() - plan.keys() - optional
     if missing:
@@ -368,11 +372,11 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
         problems.append(f"{model.name}: has {some(extra)}, which the donor does not have")
     shapes, integers = [], []
     for name in sorted(taken.keys() - missing):
-        found, expected = model.tensors[name], taken[name]
-        if found.shape != expected.shape:
-            shapes.append(f"{name} {found.shape}, not {expected.shape}")
-        elif expected.combine and found.dtype not in ck.FLOAT_DTYPES:
-            integers.append(f"{name} ({found.dtype})")
+        source, recipe = taken[name]
+        if source.shape != recipe.shape:
+            shapes.append(f"{name} {source.shape}, not {recipe.shape}")
+        elif recipe.combine and source.info.dtype not in ck.FLOAT_DTYPES:
+            integers.append(f"{name} ({source.info.dtype})")
     if shapes:
         problems.append(f"{model.name}: not of the donor's shapes are {some(shapes)}")
     if integers:

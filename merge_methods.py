@@ -23,7 +23,7 @@ from torch import Tensor
 
 CPU_CHUNK = 1 << 17  # elements: a handful of float32 scratch tensors of this size stay in the cache
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
-DOT_BLOCK = 1 << 16  # elements: sums run over blocks of this size whatever the chunk
+DOT_BLOCK = 1 << 14  # elements: so few that torch sums them on one thread, always in one order
 PARALLEL_THRESHOLD = 0.9995  # |cos| above which slerp interpolates linearly
 
 
@@ -106,7 +106,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
         for sums, x, y in zip(
             products, (block_a, block_a, block_b), (block_a, block_b, block_b), strict=True
         ):
-            sums.append(torch.dot(x, y))
+            sums.append((x * y).sum())
     aa, ab, bb = (math.fsum(torch.stack(sums).tolist()) if sums else 0.0 for sums in products)
     norms = math.sqrt(aa) * math.sqrt(bb)
     return ab / norms if norms != 0 else 0.0
@@ -209,7 +209,6 @@ def ties(
     out = torch.empty(base.numel(), dtype=dtype or base.dtype, device=base.device)
     scratch = _scratch(out, work, 5 + len(tensors))
     ballots = _scratch(out, torch.float64, 2)  # float32 rounding could turn a tie into a vote
-    tiny = torch.finfo(work).tiny
     for chunk in _chunks(out):
         origin, elected, term, merged, weight_sum, *deltas = (
             s[: out[chunk].numel()] for s in scratch
@@ -221,9 +220,14 @@ def ties(
             delta.copy_(tensor[chunk]).sub_(origin)
             torch.hardshrink(delta, threshold, out=delta)
             ballot.copy_(delta).mul_(weight)
-            votes.add_(ballot.sign_() if naive_count else ballot)
+            if naive_count:  # NaN, for an infinity, has no sign and stays NaN
+                ballot.copy_(torch.sign(ballot) + ballot * 0)
+            votes.add_(ballot)
             delta.mul_(weight)
-        elected.copy_(votes.ge_(0)).mul_(2).sub_(1)
+        elected.copy_(
+            torch.where(votes.isnan(), votes, votes >= 0) if naive_count else votes.ge_(0)
+        )
+        elected.mul_(2).sub_(1)
         merged.zero_()
         weight_sum.zero_()
         for delta, weight in zip(deltas, weights, strict=True):
@@ -231,6 +235,6 @@ def ties(
             merged.add_(agreeing)
             weight_sum.add_(torch.sign(agreeing, out=term).mul_(weight))
         if normalize:
-            merged.div_(weight_sum.clamp_min_(tiny))
+            merged.div_(weight_sum.add_(torch.eq(weight_sum, 0, out=term)))
         out[chunk].copy_(merged.mul_(elected).add_(origin))
     return out.view(base.shape)

@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "tensor not finite": (tensors(nan_in(LAYER)), f"broken: {LAYER} contains NaN"),
     "other vocabulary": (
         tensors(set_value("model.embed_tokens.weight", torch.ones(97, 32))),
-        "(97, 32)",
+        "97 rows",
     ),
     "head missing": (tensors(without("lm_head.weight")), "lm_head.weight"),
     # files

@@ -1,10 +1,13 @@
 """bakllama.py: scale, sources, heads, and what it refuses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from conftest import Make, contents, loads_clean, stored
+from safetensors.torch import save_file
 
 import bakllama
 
@@ -200,3 +203,92 @@ def test_models_that_do_not_fit_are_refused(
         assert bakllama.main([write(tmp_path, text), str(output)]) == 2
         assert message in capsys.readouterr().err
         assert not output.parent.exists()
+
+
+def rewrite(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    shutil.copytree(source, target)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_layers_beyond_the_depth_are_left_out(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some checkpoints number modules that predict further tokens like layers after the last."""
+    tensors = stored(make("llama", 0))
+    extra = {f"model.layers.6.{p}": t + 1 for p, t in layer(tensors, 5).items()}
+    a = rewrite(make("llama", 0), tmp_path / "a", tensors | extra)
+    text = f"layer_slices: [{{model: {make('llama', 1)}, start: 0, end: 5}}, "
+    text += f"{{model: {a}, start: 1, end: 4}}]\nembedding_source: {a}\nlm_head_source: {a}"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    assert "ignored: model.layers.6." in capsys.readouterr().err
+    for part, tensor in layer(stored(a), 2).items():
+        assert torch.equal(layer(stored(output), 6)[part], tensor)
+    assert loads_clean(output).config.num_hidden_layers == 8
+
+
+def test_a_final_norm_named_after_the_embedding_is_the_heads(output: Path, tmp_path: Path) -> None:
+    config = tf.Lfm2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        torch.nn.init.normal_(model.model.embedding_norm.weight)
+        model.save_pretrained(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 1}}, {{model: {b}, start: 1, end: 2}}]"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    norm = "model.embedding_norm.weight"
+    assert torch.equal(stored(output)[norm], stored(b)[norm])
+    assert loads_clean(output).config.layer_types == ["conv", "full_attention"]
+
+
+def test_a_bin_with_one_storage_for_embedding_and_head(
+    make: Make, output: Path, tmp_path: Path
+) -> None:
+    tensors = stored(make("llama", 1))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "config.json").write_bytes((make("llama", 1) / "config.json").read_bytes())
+    torch.save(tensors, shared / "pytorch_model.bin")
+    text = f"layer_slices: [{{model: {shared}, start: 0, end: 2}}]"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    stacked = stored(output)
+    assert torch.equal(stacked["lm_head.weight"], stacked["model.embed_tokens.weight"])
+
+
+def test_a_head_source_without_a_head_is_refused(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = stored(make("llama", 1))
+    del tensors["lm_head.weight"]
+    b = rewrite(make("llama", 1), tmp_path / "b", tensors)
+    text = f"layer_slices: [{{model: {make('llama', 0)}, start: 0, end: 2}}]\nlm_head_source: {b}"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 2
+    assert f"{b}: misses lm_head.weight" in capsys.readouterr().err
+
+
+def test_token_ids_follow_the_embedding_source(make: Make, output: Path, tmp_path: Path) -> None:
+    a, b = make("llama", 0), make("llama", 1, eos_token_id=7, vocab_size=90)
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 2}}]\n"
+    text += f"embedding_source: {b}\nlm_head_source: {b}"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 0
+    model = loads_clean(output)
+    assert (model.config.eos_token_id, model.config.vocab_size) == (7, 90)
+    assert model.generation_config.eos_token_id == 7
+
+
+def test_a_scale_beyond_floats_is_refused(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"layer_slices: [{{model: {make('llama')}, start: 0, end: 1, scale: 1{'0' * 400}}}]"
+    assert bakllama.main([write(tmp_path, text), str(output)]) == 2
+    assert "layer_slices[0].scale: expected a finite number" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from conftest import Make, contents, loads_clean, stored
 from safetensors.torch import save_file
 
 import bakllama
-import checkpoints
 import main
 
 
@@ -127,27 +126,72 @@ def test_computed_buffers_are_ignored_and_said_so(
         assert stored(output).keys() == stored(make("llama", 1)).keys()
 
 
-def test_integer_tensors_are_the_donors(make: Make, tmp_path: Path, output: Path) -> None:
-    """A tensor of integers, such as a counter, has no average; here GPT-2's stored mask has one."""
-    name = "transformer.h.0.attn.bias"
-    models = []
-    for seed in (1, 2):
-        mask = {name: torch.full((1, 1, 64, 64), seed, dtype=torch.uint8)}
-        tensors = stored(make("gpt2", seed)) | mask
-        models.append(rewrite(make("gpt2", seed), tmp_path / str(seed), tensors))
-    donor, other = (
-        checkpoints.open_checkpoint(str(model), model, checkpoints.read_config("", model))
-        for model in models
-    )
-    planned = main.plan_merge(donor, [donor, other], lambda dtype: lambda tensors: tensors[1])
-    assert name in planned.ignored and name not in planned.plan
+def test_float8_in_a_bin_is_refused(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    shutil.copyfile(make("llama") / "config.json", folder / "config.json")
+    tensors = stored(make("llama"))
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert linear(output, folder) == 2
+    assert "model.norm.weight is torch.float8_e4m3fn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["drop", "shape", "config"])
+def test_an_output_that_differs_from_its_plan_is_not_kept(
+    damage: str,
+    make: Make,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import transformers
+
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def damaged(self: transformers.PreTrainedModel, folder: Path, **options: object) -> None:
+        save(self, folder, **options)
+        tensors = stored(folder)
+        if damage == "drop":
+            del tensors["model.norm.weight"]
+        elif damage == "shape":
+            tensors["model.norm.weight"] = torch.ones(31, dtype=torch.bfloat16)
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", damaged)
+    assert linear(output, make("llama", 1)) == 2
+    expected = {
+        "drop": "the output differs from the plan in model.norm.weight",
+        "shape": "the output differs from the plan in model.norm.weight",
+        "config": "misses model.layers.6",
+    }
+    assert expected[damage] in capsys.readouterr().err
+    assert not output.parent.exists()
+
+
+def test_a_tied_checkpoint_may_store_the_head_alone(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    tensors = stored(make("llama-tied", 1))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    odd = rewrite(make("llama-tied", 1), tmp_path / "odd", tensors)
+    assert linear(output, make("llama-tied", 2), odd) == 0
+    assert linear(tmp_path / "expected", make("llama-tied", 2), make("llama-tied", 1)) == 0
+    expected = stored(tmp_path / "expected")
+    assert all(torch.equal(t, expected[n]) for n, t in stored(output).items())
 
 
 def test_other_files_are_copied_byte_for_byte(make: Make, tmp_path: Path, output: Path) -> None:
     donor = tmp_path / "donor"
     shutil.copytree(make("llama", 1), donor)
     kept = {
-        "tokenizer.json": b'{"odd  spacing": 1}\r\n',
+        "tokenizer.json": b'{"model": {"type": "WordLevel",  "vocab": {"<unk>":0}, "unk_token":'
+        b' "<unk>"} }\r\n',
         "tokenizer.model": bytes(range(256)),
         "special_tokens_map.json": b"{}",
         "chat_template.jinja": b"{{ messages }}",
@@ -285,6 +329,7 @@ def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -
     import sys
 
     big = make("llama", 1, hidden_size=512, intermediate_size=1024, vocab_size=2048)
+    copies = [str(shutil.copytree(big, tmp_path / f"copy-{i}")) for i in range(8)]
     size = (big / "model.safetensors").stat().st_size
     assert size > 20e6
     code = (
@@ -304,8 +349,15 @@ def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -
         pytest.skip("needs /proc")
     peaks = []
     for count in (2, 8):
-        merges = ["--merge", str(big)] * count
-        command = [sys.executable, "-c", code, str(tmp_path / str(count)), "--base-model", str(big)]
+        merges = [text for copy in copies[:count] for text in ("--merge", copy)]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(tmp_path / f"out-{count}"),
+            "--base-model",
+            str(big),
+        ]
         done = subprocess.run(
             [*command, *merges, "--density", "0.5"],
             cwd=Path(main.__file__).parent,

@@ -1,0 +1,397 @@
+"""Vocabularies that differ: rows are merged by token, whatever their numbers."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from conftest import Make, loads_clean, stored
+from safetensors.torch import save_file
+from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+import bakllama
+import main
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+METHODS = {
+    "ties": ["--density", "0.4"],
+    "linear": ["--method", "linear", "--weight", "0.5"],
+    "slerp": ["--method", "slerp", "--weight", "0.3"],
+}
+
+
+def word_level(tokens: Sequence[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def byte_level(tokens: Sequence[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(tokens: Sequence[str]) -> Tokenizer:
+    """A unigram model with the ▁ of SentencePiece."""
+    scores = [(token, -float(i)) for i, token in enumerate(tokens)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return tokenizer
+
+
+KINDS = {"words": word_level, "bytes": byte_level, "sentencepiece": sentencepiece}
+TOKENS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]  # 93, padded to 96 rows
+
+
+def model(
+    make: Make,
+    folder: Path,
+    seed: int,
+    tokens: Sequence[str],
+    rows: int | None = None,
+    *,
+    kind: str = "words",
+    tied: bool = False,
+    added: Sequence[str] = (),
+) -> Path:
+    """Make a tiny Llama with a tokenizer of these tokens, and embedding rows of its own."""
+    rows = rows or len(tokens) + len(added)
+    shutil.copytree(make("llama-tied" if tied else "llama", seed, vocab_size=rows), folder)
+    tokenizer = KINDS[kind](tokens)
+    tokenizer.add_special_tokens(list(added))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def expected_rows(
+    donor: dict[str, Tensor],
+    other: dict[str, Tensor],
+    name: str,
+    donor_tokens: Sequence[str],
+    tokens: Sequence[str],
+) -> Tensor:
+    """Gather a model's rows for the donor's tokens, one by one."""
+
+    def tensor(values: dict[str, Tensor]) -> Tensor:
+        return values[name if name in values else EMBEDDING]
+
+    rows = tensor(donor).clone()
+    for i in range(len(rows)):
+        if i < len(donor_tokens):
+            if donor_tokens[i] in tokens:
+                rows[i] = tensor(other)[list(tokens).index(donor_tokens[i])]
+        elif len(tokens) <= i < len(tensor(other)):
+            rows[i] = tensor(other)[i]
+    return rows
+
+
+def merged_oracle(method: str, donor: Tensor, other: Tensor) -> Tensor:
+    if method == "ties":
+        return ties_oracle(donor, [other], [1], [0.4], True, False)
+    if method == "slerp":
+        return slerp_oracle(donor, other, 0.3)
+    return linear_oracle([donor, other], [0.5, 0.5], True)
+
+
+def merge(method: str, output: Path, donor: Path, other: Path) -> int:
+    given = ["--merge", str(donor)] if method == "linear" else ["--base-model", str(donor)]
+    return main.main([str(output), *given, "--merge", str(other), *METHODS[method]])
+
+
+OTHERS = {  # tokens, added special tokens, rows
+    "permuted": ([*TOKENS[:3], *reversed(TOKENS[3:])], [], 96),
+    "more": ([*TOKENS, *(f"new{i}" for i in range(7))], [], 100),
+    "fewer": (TOKENS[:80], [], 80),
+    "added special tokens": (TOKENS, ["<|im_start|>", "<|im_end|>"], 95),
+    "padded": (TOKENS, [], 128),
+    "trimmed": (TOKENS, [], 93),
+    "some of each": ([*TOKENS[40:], "other", *TOKENS[:30]], ["<|tool|>"], 90),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", OTHERS)
+def test_rows_are_merged_by_token(
+    case: str, method: str, tied: bool, make: Make, tmp_path: Path, output: Path
+) -> None:
+    tokens, added, rows = OTHERS[case]
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96, tied=tied)
+    other = model(make, tmp_path / "other", 1, tokens, rows, tied=tied, added=added)
+    assert merge(method, output, donor, other) == 0
+    result, of_donor, of_other = stored(output), stored(donor), stored(other)
+    assert result.keys() == of_donor.keys()
+    for name in (EMBEDDING, HEAD)[: 1 if tied else 2]:
+        rows_of_other = expected_rows(of_donor, of_other, name, TOKENS, [*tokens, *added])
+        oracle = merged_oracle(method, of_donor[name], rows_of_other)
+        assert result[name].shape == (96, 32)
+        if method == "ties":
+            torch.testing.assert_close(result[name].double(), oracle, rtol=2**-8, atol=1e-7)
+        else:
+            assert ulps(result[name], oracle).max() <= 0.51
+    config = json.loads((output / "config.json").read_text())
+    assert config["vocab_size"] == 96
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (output / file).read_bytes() == (donor / file).read_bytes()
+    loads_clean(output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_tokenizers(kind: str, make: Make, tmp_path: Path, output: Path) -> None:
+    tokens = ["<unk>", *"abcdefgh", "Ġthe", "Ċ", "▁the", "<0x0A>", "é", "Ã©", "\u200b", " "]
+    shuffled = [tokens[0], *reversed(tokens[1:])]
+    donor = model(make, tmp_path / "donor", 0, tokens, 20, kind=kind)
+    other = model(make, tmp_path / "other", 1, shuffled, 17, kind=kind)
+    assert merge("linear", output, donor, other) == 0
+    rows = expected_rows(stored(donor), stored(other), EMBEDDING, tokens, shuffled)
+    oracle = linear_oracle([stored(donor)[EMBEDDING], rows], [0.5, 0.5], True)
+    assert ulps(stored(output)[EMBEDDING], oracle).max() <= 0.51
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_are_those_of_merging_after_permuting_by_hand(
+    method: str, make: Make, tmp_path: Path
+) -> None:
+    order = torch.randperm(93, generator=torch.Generator().manual_seed(7)).tolist()
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96)
+    other = model(make, tmp_path / "other", 1, [TOKENS[i] for i in order], 96)
+    by_hand = tmp_path / "by-hand"
+    shutil.copytree(other, by_hand)
+    shutil.copyfile(donor / "tokenizer.json", by_hand / "tokenizer.json")
+    tensors = stored(other)
+    for name in (EMBEDDING, HEAD):
+        rows = tensors[name].clone()
+        for position, token in enumerate(order):
+            rows[token] = tensors[name][position]
+        tensors[name] = rows
+    save_file(tensors, by_hand / "model.safetensors", metadata={"format": "pt"})
+    assert merge(method, tmp_path / "one", donor, other) == 0
+    assert merge(method, tmp_path / "two", donor, by_hand) == 0
+    tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "one")
+    text = tokenizer("w5 w80 w3 </s> w44", return_tensors="pt")["input_ids"]
+    assert len(set(text[0].tolist())) == 5
+    logits = [loads_clean(tmp_path / name)(text).logits for name in ("one", "two")]
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_tokens_that_only_some_models_have_are_reported(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96)
+    other = model(make, tmp_path / "other", 1, [*TOKENS[:90], "new"], 91)
+    assert merge("ties", output, donor, other) == 0
+    text = capsys.readouterr().err
+    assert "vocabulary: 96 rows, 90 shared by all models; 6 from fewer models ('w87', " in text
+    assert f"1 tokens of {other} are dropped ('new')" in text
+
+
+def test_without_tokenizers_equal_sizes_warn_and_others_are_refused(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge("linear", output, make("llama", 0), make("llama", 1)) == 0
+    assert "no tokenizer in" in capsys.readouterr().err
+    larger = model(make, tmp_path / "larger", 1, TOKENS, 100)
+    (larger / "tokenizer.json").unlink()
+    assert merge("linear", tmp_path / "two", make("llama", 0), larger) == 2
+    assert "resize_token_embeddings" in capsys.readouterr().err
+
+
+def test_a_tensor_of_vocabulary_size_by_coincidence_is_left_alone(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    """Here the hidden size is the number of rows too; only embedding and head are gathered."""
+    tokens, shuffled = TOKENS[:32], [*TOKENS[:3], *reversed(TOKENS[3:32])]
+    donor = model(make, tmp_path / "donor", 0, tokens)
+    other = model(make, tmp_path / "other", 1, shuffled)
+    assert merge("linear", output, donor, other) == 0
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", EMBEDDING):
+        values = stored(other)[name]
+        if name == EMBEDDING:
+            values = expected_rows(stored(donor), stored(other), name, tokens, shuffled)
+        oracle = linear_oracle([stored(donor)[name], values], [0.5, 0.5], True)
+        assert ulps(stored(output)[name], oracle).max() <= 0.51
+
+
+def test_a_stack_takes_the_head_by_the_embeddings_tokens(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    shuffled = [*TOKENS[:3], *reversed(TOKENS[3:90]), "new"]
+    a = model(make, tmp_path / "a", 0, TOKENS, 96)
+    b = model(make, tmp_path / "b", 1, shuffled, 91)
+    config = tmp_path / "stack.yml"
+    config.write_text(
+        f"layer_slices: [{{model: {b}, start: 0, end: 1}}]\n"
+        f"embedding_source: {a}\nlm_head_source: {b}\n"
+    )
+    assert bakllama.main([str(config), str(output)]) == 0
+    result = stored(output)
+    assert torch.equal(result[EMBEDDING], stored(a)[EMBEDDING])
+    rows = expected_rows(stored(a), stored(b), HEAD, TOKENS, shuffled)
+    assert torch.equal(result[HEAD], rows)
+    assert (output / "tokenizer.json").read_bytes() == (a / "tokenizer.json").read_bytes()
+    assert loads_clean(output).config.vocab_size == 96
+
+
+def test_heads_tied_in_one_model_only(make: Make, tmp_path: Path, output: Path) -> None:
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96, tied=True)
+    shuffled = [*TOKENS[:3], *reversed(TOKENS[3:])]
+    other = model(make, tmp_path / "other", 1, shuffled, 93)
+    assert merge("linear", output, donor, other) == 0
+    for name in (EMBEDDING, HEAD):
+        rows = expected_rows(stored(donor), stored(other), name, TOKENS, shuffled)
+        oracle = linear_oracle([stored(donor)[EMBEDDING], rows], [0.5, 0.5], True)
+        assert ulps(stored(output)[name], oracle).max() <= 0.51
+    assert not loads_clean(output).config.tie_word_embeddings
+
+
+# -------------------------------------------------------------------- other architectures
+
+_BERT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT |= {"intermediate_size": 48, "max_position_embeddings": 64}
+_TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+_VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+OTHER_CLASSES = {
+    "bert": (tf.BertModel, tf.BertConfig(**_BERT)),
+    "bert masked": (tf.BertForMaskedLM, tf.BertConfig(**_BERT)),
+    "bert classifier": (tf.BertForSequenceClassification, tf.BertConfig(**_BERT, num_labels=3)),
+    "roberta": (tf.RobertaForMaskedLM, tf.RobertaConfig(**_BERT)),
+    "llama classifier": (
+        tf.LlamaForSequenceClassification,
+        tf.LlamaConfig(**_TEXT, num_labels=2, pad_token_id=0),
+    ),
+    "t5": (
+        tf.T5ForConditionalGeneration,
+        tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+    ),
+    "t5 untied": (
+        tf.T5ForConditionalGeneration,
+        tf.T5Config(
+            vocab_size=96,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "bart": (
+        tf.BartForConditionalGeneration,
+        tf.BartConfig(
+            vocab_size=96,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=64,
+        ),
+    ),
+    "gemma3 vision": (
+        tf.Gemma3ForConditionalGeneration,
+        tf.Gemma3Config(
+            text_config=tf.Gemma3TextConfig(**_TEXT).to_dict(),
+            vision_config=tf.SiglipVisionConfig(**_VISION).to_dict(),
+            mm_tokens_per_image=4,
+        ),
+    ),
+    "qwen2-vl": (
+        tf.Qwen2VLForConditionalGeneration,
+        tf.Qwen2VLConfig(
+            text_config={k: v for k, v in _TEXT.items() if k != "head_dim"}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+            vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        ),
+    ),
+    "vit": (tf.ViTForImageClassification, tf.ViTConfig(**_VISION)),
+    "resnet": (
+        tf.ResNetForImageClassification,
+        tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    ),
+    "clip": (
+        tf.CLIPModel,
+        tf.CLIPConfig(
+            text_config=_BERT | {"eos_token_id": 2}, vision_config=_VISION, projection_dim=16
+        ),
+    ),
+}
+
+
+def make_other(name: str, seed: int, folder: Path) -> dict[str, Tensor]:
+    cls, config = OTHER_CLASSES[name]
+    network = cls(type(config).from_dict(config.to_dict())).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for buffer in network.buffers():
+            if not buffer.is_floating_point():
+                buffer.add_(seed)
+    network.save_pretrained(folder)
+    return stored(folder)
+
+
+@pytest.mark.parametrize("name", OTHER_CLASSES)
+def test_other_classes_merge(
+    name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_donor = make_other(name, 1, tmp_path / "a")
+    of_other = make_other(name, 2, tmp_path / "b")
+    assert merge("linear", output, tmp_path / "a", tmp_path / "b") == 0
+    result = stored(output)
+    assert result.keys() == of_donor.keys()
+    for tensor, value in result.items():
+        if value.is_floating_point():
+            oracle = linear_oracle([of_donor[tensor], of_other[tensor]], [0.5, 0.5], True)
+            assert ulps(value, oracle).max() <= 0.51
+        else:
+            assert torch.equal(value, of_donor[tensor])  # the donor's, not an average
+            assert name != "resnet" or not torch.equal(value, of_other[tensor])
+    loads_clean(output, OTHER_CLASSES[name][0])
+
+
+@pytest.mark.parametrize("name", ["gemma3 vision", "qwen2-vl", "t5"])
+def test_models_of_several_parts_are_not_stacked(
+    name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_other(name, 1, tmp_path / "a")
+    config = tmp_path / "stack.yml"
+    config.write_text(f"layer_slices: [{{model: {tmp_path / 'a'}, start: 0, end: 1}}]")
+    assert bakllama.main([str(config), str(output)]) == 2
+    text = capsys.readouterr().err
+    assert "encoder-decoder" in text or "its text model alone" in text
+
+
+@pytest.mark.parametrize("name", ["t5", "bert masked", "gemma3 vision", "qwen2-vl"])
+def test_vocabularies_of_other_classes(
+    name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A permuted copy of a model, merged with it by token, is that model."""
+    of_donor = make_other(name, 1, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    order = [*range(3), *reversed(range(3, 96))]
+    word_level([*TOKENS, "x", "y", "z"]).save(str(tmp_path / "a" / "tokenizer.json"))
+    names = [*TOKENS, "x", "y", "z"]
+    word_level([names[i] for i in order]).save(str(tmp_path / "b" / "tokenizer.json"))
+    permuted = {
+        tensor: value[order] if value.shape[0] == 96 else value
+        for tensor, value in of_donor.items()
+    }
+    sized = {tensor for tensor, value in of_donor.items() if value.shape[0] == 96}
+    assert sized
+    save_file(permuted, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    assert merge("linear", output, tmp_path / "a", tmp_path / "b") == 0
+    for tensor, value in stored(output).items():
+        assert torch.equal(value, of_donor[tensor]), tensor
+    assert "96 shared by all models" in capsys.readouterr().err

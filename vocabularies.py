@@ -1,0 +1,122 @@
+"""Match vocabularies by token: which row of a model's embedding is which row of the donor's."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from problems import some
+
+# Files from which transformers can build a tokenizer when there is no tokenizer.json.
+VOCABULARY_FILES = (
+    "tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model source.spm "
+    "tekken.json qwen.tiktoken tiktoken.model"
+).split()
+MISSING = -1
+
+
+class Vocabulary(NamedTuple):
+    """The rows of a model's embedding, and the token of each; tokens is None without tokenizer."""
+
+    model: str
+    rows: int
+    tokens: Mapping[str, int] | None
+
+
+def read_tokens(folder: Path) -> dict[str, int] | None:
+    """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
+
+    Raises ValueError if the tokenizer's files cannot be read.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return _with_added(folder, tokenizer.get_vocab(with_added_tokens=True))
+        if any((folder / name).is_file() for name in VOCABULARY_FILES):
+            from transformers import AutoTokenizer
+
+            return dict(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
+    except Exception as error:  # tokenizers raises plain Exception
+        cause = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be read ({cause}); repair it, or remove its files to "
+            "match rows by number"
+        ) from error
+    return None
+
+
+def _with_added(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
+    """Add the tokens that tokenizer_config.json or added_tokens.json adds to tokenizer.json's."""
+    added: dict[str, int] = {}
+    config, extra = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    if config.is_file():
+        entries = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        added |= {entry["content"]: int(number) for number, entry in entries.items()}
+    if extra.is_file():
+        added |= {t: int(number) for t, number in json.loads(extra.read_text("utf-8")).items()}
+    taken = set(tokens.values())
+    new = {t: number for t, number in added.items() if t not in tokens and number not in taken}
+    return tokens | new
+
+
+def match(donor: Vocabulary, model: Vocabulary) -> list[int] | None:
+    """Return for each of the donor's rows the model's row of the same token, or MISSING.
+
+    Rows without a token (padding) match by number where both have them. None if the rows are the
+    same, one for one. Without tokenizers, vocabularies of one size match by number; raises
+    ValueError if they differ in size.
+    """
+    if donor.tokens is None or model.tokens is None:
+        if donor.rows == model.rows:
+            return None
+        nameless = donor.model if donor.tokens is None else model.model
+        raise ValueError(
+            f"{model.model}: its vocabulary has {model.rows} rows, that of {donor.model} "
+            f"{donor.rows}, and {nameless} has no tokenizer to match them by; add its tokenizer's "
+            "files, or give both the same rows with transformers' resize_token_embeddings"
+        )
+    if donor.rows == model.rows and donor.tokens == model.tokens:
+        return None
+    token_of = {number: token for token, number in donor.tokens.items()}
+    taken = set(model.tokens.values())
+
+    def row(number: int) -> int:
+        token = token_of.get(number)
+        if token is not None:
+            found = model.tokens.get(token, MISSING)  # type: ignore[union-attr]
+        else:
+            found = MISSING if number in taken else number
+        return found if found < model.rows else MISSING
+
+    rows = [row(number) for number in range(donor.rows)]
+    same = donor.rows == model.rows and rows == list(range(donor.rows))
+    return None if same else rows
+
+
+def report(
+    donor: Vocabulary, models: Mapping[str, Vocabulary], rows: Mapping[str, list[int] | None]
+) -> list[str]:
+    """Return lines that say how many rows all models share, which not, and what is dropped."""
+    lines = []
+    nameless = [v.model for v in (donor, *models.values()) if v.tokens is None]
+    if nameless:
+        lines.append(
+            f"warning: no tokenizer in {some(set(nameless))}; vocabularies match by row number"
+        )
+    if not any(rows.values()):
+        return lines
+    token_of = {number: token for token, number in (donor.tokens or {}).items()}
+    fewer = sorted({i for found in rows.values() for i, row in enumerate(found or ()) if row < 0})
+    line = f"vocabulary: {donor.rows} rows, {donor.rows - len(fewer)} shared by all models"
+    if fewer:
+        named = [repr(token_of.get(number, f"row {number}")) for number in fewer[:5]]
+        line += f"; {len(fewer)} from fewer models ({', '.join(named)}{', ...' * (len(fewer) > 5)})"
+    lines.append(line)
+    for name, vocabulary in models.items():
+        dropped = sorted((vocabulary.tokens or {}).keys() - (donor.tokens or {}).keys())
+        if dropped:
+            listed = some(map(repr, dropped))
+            lines.append(f"vocabulary: {len(dropped)} tokens of {name} are dropped ({listed})")
+    return lines
