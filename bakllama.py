@@ -15,6 +15,7 @@ names a lm_head_source of its own.
 import argparse
 import math
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,14 +75,33 @@ def read_stack(path: Path) -> Stack:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        duplicate = _duplicate_key(yaml.compose(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    refuse([f"{path}: {problem}" for problem in _stack_problems(content)])
+    problems = [f"{duplicate}: given twice"] if duplicate else _stack_problems(content)
+    refuse([f"{path}: {problem}" for problem in problems])
     slices = tuple(Slice(**entry) for entry in content["layer_slices"])
     embedding = content.get("embedding_source") or slices[0].model
     head = content.get("lm_head_source")
     return Stack(slices, embedding, head or slices[-1].model, head not in (None, embedding))
+
+
+def _duplicate_key(node: Any, path: str = "") -> str:
+    """Return the path of a mapping's key that is given twice, which YAML's readers let pass."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [f"{path}{key}" for key in keys if keys.count(key) > 1]
+        inner = [_duplicate_key(value, f"{path}{key.value}.") for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        twice = []
+        inner = [_duplicate_key(v, f"{path.rstrip('.')}[{i}].") for i, v in enumerate(node.value)]
+    else:
+        return ""
+    return next(filter(None, twice + inner), "")
 
 
 def _stack_problems(content: Any) -> Iterator[str]:
@@ -144,7 +164,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r}"
+    return "nothing" if value is None else reprlib.repr(value)
 
 
 # ---------------------------------------------------------------------------- plan
@@ -168,7 +188,11 @@ def find_layers(checkpoint: "Checkpoint") -> Layers:
         if match := NUMBERED.match(name):
             layers = stacks.setdefault(match["stack"], {})
             layers.setdefault(int(match["index"]), {})[match["part"]] = name
-    fitting = [prefix for prefix, layers in stacks.items() if layers.keys() >= set(range(depth))]
+    fitting = [
+        prefix
+        for prefix, layers in stacks.items()
+        if len(layers) >= depth and layers.keys() >= set(range(depth))
+    ]
     if len(fitting) != 1:
         raise ValueError(
             f"{checkpoint.name}: expected one stack of {depth} numbered layers, found "
@@ -285,8 +309,9 @@ def plan_stack(
     }
     refuse(list(_shape_problems(plan, layers[donor.name], donor)))
     config = stacked_config(stack, models, all_tied)
-    refuse(ck.assemble(cls, config, plan)[1])
-    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)), tuple(notes))
+    model, problems = ck.assemble(cls, config, plan)
+    refuse(problems)
+    return ck.Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
 
 
 def _unstackable(model: "Checkpoint") -> str:
@@ -430,7 +455,7 @@ def work(argv: Sequence[str] | None) -> None:
     stack = read_stack(Path(arguments.config))
     cli.say(arguments.quiet and not arguments.dry_run, table(stack))
     problems: list[str] = []
-    models = cli.open_inputs(arguments, stack.models, SIZES, problems)
+    models = cli.open_inputs(arguments, stack.models, SIZES, problems, [arguments.config])
 
     def plan() -> "Planned":
         return plan_stack(

@@ -2,14 +2,21 @@
 
 A checkpoint is a directory (or a Hub repository, downloaded first) with a config and the named
 tensors of its weight files. A plan maps each output name to the `Recipe` of its tensor; `save`
-computes them one by one as transformers' `save_pretrained` writes them, shard by shard.
+computes them in order, a few ahead of the one that is being written.
 """
 
-import os
+import ctypes
+import json
+import mmap
 import re
 import shutil
+import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +51,13 @@ MEANINGS = (
     "residual_multiplier attention_multiplier logits_scaling num_experts_per_tok "
     "use_parallel_residual"
 ).split()
+AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written
+WORKERS = 4  # threads that compute tensors
+WRITE_AT_ONCE = 1 << 26  # bytes
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+SAFETENSORS_DTYPES = {  # in the order in which a file has them
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
@@ -75,10 +85,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     readers: dict[Path, Any] = field(repr=False)  # file -> open safetensors file, or .bin's tensors
 
-    def read(self, name: str, *, fresh: bool = False) -> Tensor:
-        """Return a stored tensor, memory-mapped; with `fresh`, mapped anew at another address."""
+    def read(self, name: str) -> Tensor:
+        """Return a stored tensor, memory-mapped."""
         _, _, file, key = self.tensors[name]
-        reader = _open_weights(file) if fresh else self.readers[file]
+        reader = self.readers[file]
         tensor: Tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
         return tensor
 
@@ -111,8 +121,8 @@ class Source:
             return shape
         return (*shape[: self.rows.dim], len(self.rows.chosen), *shape[self.rows.dim + 1 :])
 
-    def read(self, *, fresh: bool = False) -> Tensor:
-        tensor = self.checkpoint.read(self.name, fresh=fresh)
+    def read(self) -> Tensor:
+        tensor = self.checkpoint.read(self.name)
         if self.rows is None:
             return tensor
         dim, chosen, missing, substitute = self.rows
@@ -144,12 +154,11 @@ Plan = dict[str, Recipe]
 
 @dataclass(frozen=True)
 class Planned:
-    """A planned model: its tensors, config and class, and the stored tensors that are left out."""
+    """A planned model: its tensors, its class and config, and the stored tensors left out."""
 
     donor: str
     plan: Plan
-    config: PretrainedConfig
-    cls: type[PreTrainedModel]
+    model: PreTrainedModel  # of the output's class and config, without values
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what the user should know of it
 
@@ -161,14 +170,15 @@ class Planned:
     def nbytes(self) -> int:
         return sum(recipe.nbytes for recipe in self.plan.values())
 
-    def shards(self, max_shard_size: str) -> list[int]:
-        """Return the size in bytes of each shard that `save` will write."""
-        placeholders = LazyStateDict(self.plan, lambda name: torch.empty(0))
-        split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
-        return [
-            sum(self.plan[name].nbytes for name in names)
-            for names in split.filename_to_tensors.values()
-        ]
+    def shards(self, max_shard_size: str) -> dict[str, list[str]]:
+        """Return the names of the tensors in each file, as huggingface_hub divides them."""
+        sizes = {
+            name: torch.empty(recipe.shape, dtype=recipe.dtype, device="meta")
+            for name, recipe in self.plan.items()
+        }
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+        shards: dict[str, list[str]] = split.filename_to_tensors
+        return shards
 
 
 def _open_weights(file: Path) -> Any:
@@ -185,9 +195,15 @@ def _open_weights(file: Path) -> Any:
             f"{file}: cannot be read as plain tensors: {str(error).splitlines()[0]} "
             "Convert it to safetensors, with transformers' save_pretrained, if you trust it."
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file}: expected a dictionary of tensors")
-    return tensors
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{file}: expected a dictionary of named, dense tensors")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _headers(file: Path, reader: Any) -> Iterator[tuple[str, TensorInfo]]:
@@ -216,7 +232,7 @@ def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
-        cause = str(error).strip().split("\n")[0]
+        cause = " ".join(str(error).split())[:500]
         own_code = "auto_map" in read_json(model, folder / "config.json")
         if own_code and not trust_remote_code:
             cause = "it brings its own code; if you trust that, use --trust-remote-code"
@@ -287,18 +303,20 @@ def open_checkpoint(model: str, folder: Path, config: PretrainedConfig) -> Check
 
 def model_class(config: PretrainedConfig, folder: Path, trust: bool) -> type[PreTrainedModel]:
     """Return the class that a config names, from transformers or the model's own remote code."""
-    architectures = getattr(config, "architectures", None)
-    if not architectures:
+    listed = getattr(config, "architectures", None)
+    if not listed:
         names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        architectures = [names.get(config.model_type, "")]
-    for reference in (getattr(config, "auto_map", None) or {}).values():
-        if trust and isinstance(reference, str) and reference.endswith(f".{architectures[0]}"):
+        listed = [names.get(config.model_type)]
+    name = listed[0] if isinstance(listed, list) and isinstance(listed[0], str) else str(listed)
+    auto_map = getattr(config, "auto_map", None)
+    for reference in auto_map.values() if isinstance(auto_map, dict) and trust else ():
+        if isinstance(reference, str) and reference.endswith(f".{name}"):
             remote_class: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
             return remote_class
-    found = getattr(transformers, architectures[0] or "-", None)
+    found: Any = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"{folder}: transformers {transformers.__version__} has no class {architectures[0]!r}, "
+            f"{folder}: transformers {transformers.__version__} has no class {name!r}, "
             "which config.json names in architectures; if the model brings its own code that you "
             "trust, use --trust-remote-code"
         )
@@ -326,8 +344,11 @@ def assemble(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except RuntimeError as error:  # e.g. experts of one layer that cannot be stacked
-        return cls(config), [f"{cls.__name__} cannot be built from the tensors: {error}"]
+    except Exception as error:  # e.g. experts that cannot be stacked, or a senseless config value
+        cause = " ".join(str(error).split())[:500]
+        raise ValueError(
+            f"{cls.__name__} cannot be built from config and tensors: {cause}"
+        ) from error
     problems = []
     if report["missing_keys"]:
         problems.append(f"{cls.__name__} misses {some(report['missing_keys'])}")
@@ -549,31 +570,13 @@ def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dt
 # ---------------------------------------------------------------------------- saving
 
 
-class LazyStateDict(dict[str, Tensor]):
-    """A state dict for `save_pretrained` whose values are computed when they are taken out.
-
-    Until then a value is a meta tensor: it tells shape and dtype, and costs nothing.
-    """
-
-    def __init__(self, plan: Plan, compute: Callable[[str], Tensor]) -> None:
-        super().__init__(
-            (name, torch.empty(recipe.shape, dtype=recipe.dtype, device="meta"))
-            for name, recipe in plan.items()
-        )
-        self._compute = compute
-
-    def pop(self, name: str) -> Tensor:  # type: ignore[override]
-        super().pop(name)
-        return self._compute(name)
-
-
-def _make(name: str, recipe: Recipe, device: torch.device, *, fresh: bool = False) -> Tensor:
+def _make(name: str, recipe: Recipe, device: torch.device) -> Tensor:
     """Read the sources of a recipe and combine them on the device. Returns a CPU tensor."""
-    tensors = [source.read(fresh=fresh).to(device) for source in recipe.sources]
+    tensors = [source.read().to(device) for source in recipe.sources]
     result = recipe.combine(tensors) if recipe.combine else tensors[0].to(recipe.dtype)
     if not _is_finite(result):
         raise ValueError(_blame(name, recipe, tensors))
-    return result.to("cpu")
+    return result.to("cpu").contiguous()
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -597,75 +600,141 @@ def save(
     output: Path,
     *,
     device: torch.device,
+    threads: int,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> int:
     """Compute and write a planned model and copy other files. Returns the number of shards.
 
-    Tensors are computed when `save_pretrained` takes them, so memory holds one shard. The output
-    appears under its name when all is written and has been read back. Raises OSError where it
-    cannot be written, ValueError for values that are not finite.
+    The output appears under its name when all is written and has been read back. Raises OSError
+    where it cannot be written, ValueError for values that are not finite.
     """
-    plan = planned.plan
-    model, problems = assemble(planned.cls, planned.config, plan)
-    refuse(problems)
-    written: set[int] = set()  # addresses of mapped tensors
-
-    with (
-        staged(output, overwrite=overwrite) as folder,
-        tqdm(
-            total=sum(recipe.nbytes for recipe in plan.values()),
-            unit="B",
-            unit_scale=True,
-            disable=not show_progress,
-        ) as bar,
-    ):
-
-        def compute(name: str) -> Tensor:
-            recipe = plan[name]
-            bar.set_postfix_str(name, refresh=False)
-            result = _make(name, recipe, device)
-            if recipe.combine is None:
-                if result.data_ptr() in written:
-                    # Not to look like one tensor shared by two names, which would be refused.
-                    result = _make(name, recipe, device, fresh=True)
-                written.add(result.data_ptr())
-            bar.update(recipe.nbytes)
-            return result
-
-        state = LazyStateDict(plan, compute)
-        # How save_pretrained tells meta tensors apart, to find tied ones: here, none is shared.
-        model.get_parameter_or_buffer = dict(state).__getitem__
-        model._keys_to_ignore_on_save = None
-        try:
-            model.save_pretrained(
-                folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False
-            )
-        except SafetensorError as error:  # what a failed write comes as
-            raise OSError(f"{output}: cannot be written: {error}") from error
+    shards = planned.shards(max_shard_size)
+    with staged(output, overwrite=overwrite) as folder:
+        planned.model.save_pretrained(folder, state_dict={})  # the config and what belongs to it
+        with (
+            workers(threads) as pool,
+            tqdm(total=planned.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
+        ):
+            names = [name for shard in shards.values() for name in _file_order(shard, planned.plan)]
+            tensors = computed(planned.plan, names, device, pool)
+            for file, shard in shards.items():
+                _write_shard(folder / file, _file_order(shard, planned.plan), planned, tensors, bar)
+        if len(shards) > 1:
+            _write_index(folder / "model.safetensors.index.json", shards, planned)
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        for path in folder.rglob("*"):
-            path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
-        return _verify(folder, planned)
+        _verify(folder, planned)
+    return len(shards)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+@contextmanager
+def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Give a few threads, each of which may use its share of the processors inside torch."""
+    count = min(threads, WORKERS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // count))
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
-def _verify(folder: Path, planned: Planned) -> int:
-    """Read back what was written; ValueError if it differs from the plan. Returns shards."""
+def computed(
+    plan: Plan, names: Iterable[str], device: torch.device, pool: ThreadPoolExecutor
+) -> Iterator[Tensor]:
+    """Yield the tensors of a plan in the order of the names, computed ahead by a pool.
+
+    No more than `AHEAD` bytes of results, or one tensor, wait to be taken; the sources of those
+    under way are being read from the disk meanwhile.
+    """
+    waiting = deque(names)
+    pending: deque[tuple[str, Future[Tensor]]] = deque()
+    held = 0
+    while waiting or pending:
+        while waiting and (not pending or held + plan[waiting[0]].nbytes <= AHEAD):
+            name = waiting.popleft()
+            held += plan[name].nbytes
+            for source in plan[name].sources:
+                _read_ahead(source.checkpoint.read(source.name))
+            pending.append((name, pool.submit(_make, name, plan[name], device)))
+        name, future = pending.popleft()
+        yield future.result()
+        held -= plan[name].nbytes
+
+
+def _read_ahead(tensor: Tensor) -> None:
+    """Ask the system to start reading a mapped tensor's pages, where it knows how."""
+    if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)
+
+
+# The files are written here, not by safetensors' save_file, which wants all tensors of a file in
+# memory first: so a file takes no more memory than a tensor, and is written while the next are
+# computed. The bytes are those that save_file would write.
+
+
+def _file_order(names: Iterable[str], plan: Plan) -> list[str]:
+    """Return names in the order of a safetensors file: by dtype, wide ones first, then by name."""
+    ranks = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES.values())}
+    return sorted(names, key=lambda name: (ranks[plan[name].dtype], name))
+
+
+def _write_shard(
+    file: Path, names: Sequence[str], planned: Planned, tensors: Iterator[Tensor], bar: Any
+) -> None:
+    """Write a safetensors file: the size of the header, the header, the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        recipe = planned.plan[name]
+        begin, end = end, end + recipe.nbytes
+        code = next(code for code, dtype in SAFETENSORS_DTYPES.items() if dtype == recipe.dtype)
+        header[name] = {
+            "dtype": code,
+            "shape": list(recipe.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb", buffering=0) as stream:
+        _write(stream, struct.pack("<Q", len(encoded)) + encoded)
+        for name in names:
+            bar.set_postfix_str(name, refresh=False)
+            tensor = next(tensors)
+            if (tensor.shape, tensor.dtype) != (planned.plan[name].shape, planned.plan[name].dtype):
+                raise AssertionError(f"{name}: computed {tensor.dtype} {tuple(tensor.shape)}")
+            _write(stream, tensor.reshape(-1).view(torch.uint8).numpy())
+            bar.update(tensor.nbytes)
+
+
+def _write(stream: FileIO, content: Any) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[stream.write(rest[:WRITE_AT_ONCE]) :]
+
+
+def _write_index(file: Path, shards: Mapping[str, Sequence[str]], planned: Planned) -> None:
+    index = {
+        "metadata": {"total_parameters": planned.parameters, "total_size": planned.nbytes},
+        "weight_map": {name: shard for shard, names in shards.items() for name in names},
+    }
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verify(folder: Path, planned: Planned) -> None:
+    """Read back what was written; ValueError if it differs from the plan."""
     plan = planned.plan
-    written = open_checkpoint("output", folder, type(planned.config).from_pretrained(folder))
+    written = open_checkpoint("output", folder, type(planned.model.config).from_pretrained(folder))
     expected = {name: (recipe.shape, recipe.dtype) for name, recipe in plan.items()}
     found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
     if found != expected:
         wrong = {n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)}
         raise ValueError(f"the output differs from the plan in {some(wrong)}")
-    refuse(assemble(planned.cls, written.config, written.tensors)[1])
-    return len(written.readers)
+    refuse(assemble(type(planned.model), written.config, written.tensors)[1])

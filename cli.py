@@ -1,6 +1,7 @@
 """What both scripts have in common on the command line: options, errors and the last line."""
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import files
 from problems import Problems, collecting, explain, refuse, some
+from staging import STOP_SIGNALS
 
 if TYPE_CHECKING:  # torch and transformers take seconds to load; --help does not wait for them
     import torch
@@ -39,8 +41,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="largest size of one output file, such as 500MB; memory holds one "
-        "(default: %(default)s)",
+        help="largest size of one output file, such as 500MB (default: %(default)s)",
     )
     group.add_argument(
         "--cache-dir",
@@ -58,11 +59,41 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="replace a model in the output directory, once the new one is whole",
     )
     group.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="processors to compute on (default: all that this process may use)",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything and print the plan, but write nothing",
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def model_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def available_processors() -> int:
+    """Return how many processors this process may use, by affinity and control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count or 1, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such control group, or no limit
+        pass
+    return count or 1
 
 
 def say(quiet: bool, text: str) -> None:
@@ -71,7 +102,11 @@ def say(quiet: bool, text: str) -> None:
 
 
 def open_inputs(
-    arguments: argparse.Namespace, names: Iterable[str], sizes: Sequence[str], problems: list[str]
+    arguments: argparse.Namespace,
+    names: Iterable[str],
+    sizes: Sequence[str],
+    problems: list[str],
+    other_inputs: Iterable[str] = (),
 ) -> "dict[str, Checkpoint]":
     """Open the named models, the donor first; add to the problems what speaks against the run.
 
@@ -87,7 +122,8 @@ def open_inputs(
             with collecting(problems):
                 folders[name] = files.find(name, arguments.cache_dir)
     output = Path(arguments.output)
-    problems += files.output_problems(output, folders.values(), arguments.overwrite)
+    inputs = [*folders.values(), *map(Path, other_inputs)]
+    problems += files.output_problems(output, inputs, arguments.overwrite)
     with collecting(problems):
         check_shard_size(arguments.max_shard_size)
     if not usable or len(folders) < len(names):
@@ -150,6 +186,7 @@ def write(
         copied,
         output,
         device=choose_device(arguments.cuda),
+        threads=arguments.threads or available_processors(),
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         show_progress=not arguments.quiet and sys.stderr.isatty(),
@@ -167,15 +204,16 @@ def summary(planned: "Planned", max_shard_size: str) -> str:
     ways = Counter(recipe.how for recipe in planned.plan.values())
     dtypes = Counter(str(r.dtype).removeprefix("torch.") for r in planned.plan.values())
     read = {source: source.info.nbytes for r in planned.plan.values() for source in r.sources}
-    shards = planned.shards(max_shard_size)
+    shards = len(planned.shards(max_shard_size))
+    largest = max((recipe.nbytes for recipe in planned.plan.values()), default=0)
     lines = [
-        f"donor: {planned.donor}, {planned.cls.__name__}",
+        f"donor: {planned.donor}, {type(planned.model).__name__}",
         f"tensors: {', '.join(f'{count} {way}' for way, count in ways.most_common())}",
         f"dtype: {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
         f"ignored: {some(planned.ignored) or 'none'}",
         f"reads {gigabytes(sum(read.values()))}, writes {gigabytes(planned.nbytes)} in "
-        f"{len(shards)} shard{'s' * (len(shards) != 1)}, needs about "
-        f"{gigabytes(max(shards, default=0) + LIBRARIES)} of memory",
+        f"{shards} shard{'s' * (shards != 1)}, needs about "
+        f"{gigabytes(2 * largest + LIBRARIES)} of memory besides mapped files",
         *planned.notes,
     ]
     return "\n".join(lines)
@@ -228,32 +266,35 @@ class Interrupted(BaseException):
 def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Call a script's work and return the exit status.
 
-    0; 2 with one message for what a user can mend; 130 on Ctrl-C and 143 on SIGTERM, after the
-    leftovers are removed.
+    0; 2 with one message for what a user can mend; 128 + its number for a signal (130 on Ctrl-C,
+    143 on SIGTERM), after the leftovers are removed.
     """
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # cleaning up is not to be interrupted
         received.append(number)
         raise Interrupted
 
-    handled = threading.current_thread() is threading.main_thread()
-    before = {
-        each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM) if handled
-    }
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in handled}
     try:
         work(argv)
     except BaseException as error:
         if received:  # the error may be what a library made of the interruption
+            for each in handled:
+                signal.signal(each, signal.SIG_IGN)
             print("interrupted, nothing was left behind", file=sys.stderr)
             return 128 + received[0]
         if isinstance(error, ValueError | OSError):
             print(f"error: {explain(error)}", file=sys.stderr)
             return 2
+        if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
+            print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 2
         raise
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if argv is not None or not received:  # at the end of a script, let no signal disturb it
+            for each, handler in before.items():
+                signal.signal(each, handler)
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from problems import some
+from staging import siblings
 
 # Weight files in the order in which transformers prefers them, each with its index of shards.
 WEIGHT_FILES = {
@@ -25,7 +26,8 @@ UNCOPIED_FOLDERS = re.compile(
     r"^(\.|checkpoint-|global_step|runs$|original$|onnx$|openvino$|coreml$)"
 )
 UNCOPIED_FILES = re.compile(
-    r"^\.|^config\.json$|\.index\.json$|^README\.md$|^trainer_state\.json$|^adapter_config\.json$"
+    r"(^|/)\.|^config\.json$|\.index\.json$|^README\.md$|^trainer_state\.json$"
+    r"|^adapter_config\.json$"
 )
 TOKENIZER_FILES = re.compile(
     r"tokeniz|^tekken\.json$|^bpe\.codes$|^vocab\.|^merges\.txt$|^special_tokens_map\.json$"
@@ -37,7 +39,8 @@ NOT_DOWNLOADED = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", 
 
 def is_local(model: str) -> bool:
     """Whether a name is meant as a path: it exists, or no Hub id looks like it."""
-    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    repo = model.partition("@")[0]
+    looks_like_path = model.startswith((".", "/", "~")) or "\\" in model or repo.count("/") > 1
     return looks_like_path or Path(model).exists()
 
 
@@ -46,7 +49,7 @@ def find(model: str, cache_dir: str | None = None) -> Path:
 
     Raises FileNotFoundError if there is none, and ValueError for what is no model to merge.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if is_local(model):
         if not folder.exists():
             raise FileNotFoundError(f"{model}: looked for a local directory, there is none")
@@ -107,7 +110,7 @@ def _first_line(error: Exception) -> str:
 def read_json(model: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{model}: {file.name} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{model}: {file.name} holds no JSON object")
@@ -179,40 +182,76 @@ def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
         if (
             path.is_file()
             and not any(UNCOPIED_FOLDERS.search(part) for part in name.parts[:-1])
-            and not UNCOPIED_FILES.search(name.name)
+            and not UNCOPIED_FILES.search(name.as_posix())
             and not any(name.match(pattern) for pattern in WEIGHT_PATTERNS)
         ):
             yield name.as_posix(), path
 
 
 def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> list[str]:
-    """Return what speaks against writing a model to this directory."""
-    target = output.resolve()
+    """Return what speaks against writing a model to this directory.
+
+    Inputs are the folders of models, and other files that are read.
+    """
+    try:
+        target = output.resolve(strict=output.is_symlink() and not output.exists())
+    except (OSError, RuntimeError) as error:
+        return [f"{output}: cannot be resolved: {error}"]
+    if target.parent == target:
+        return [f"{output}: the root directory cannot be an output"]
     problems = []
-    for folder in inputs:
-        source = folder.resolve()
-        if target == source or target in source.parents or source in target.parents:
+    for given in inputs:
+        source = given.resolve()
+        if (
+            source in (target, *siblings(target))
+            or target in source.parents
+            or source in target.parents
+        ):
             problems.append(
-                f"{output}: the output is, contains or lies in the input {folder}; name another"
+                f"{output}: the output is, contains or lies in the input {given}; name another"
             )
-    if os.path.ismount(target):
+        elif source.is_dir():
+            linked = [f.name for f in source.iterdir() if target in f.resolve().parents]
+            if linked:
+                problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
+    if _is_mount(target):
         problems.append(f"{output}: a mount point, which cannot be replaced; name a folder in it")
     elif output.exists() and not output.is_dir():
         problems.append(f"{output}: the output is a file; name a directory")
     elif output.is_dir() and any(output.iterdir()):
         if not overwrite:
             problems.append(f"{output}: not empty; name another directory, or use --overwrite")
-        elif not (output / "config.json").is_file():
+        elif not _is_model(output):
             problems.append(f"{output}: not a model, so --overwrite does not replace it")
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir():
         problems.append(f"{output}: {existing} is a file, so nothing can be written below it")
+    elif not os.access(existing, os.W_OK):
+        problems.append(f"{output}: {existing} cannot be written to")
+    if len(os.fsencode(siblings(target)[1].name)) > 255:
+        problems.append(f"{output}: the name is too long; use at most 240 characters")
     return problems
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model, and no version control that would be lost with it."""
+    weights = [name for pair in WEIGHT_FILES.items() for name in pair]
+    has_weights = any((folder / name).is_file() for name in weights)
+    return (folder / "config.json").is_file() and has_weights and not (folder / ".git").exists()
+
+
+def _is_mount(target: Path) -> bool:
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        return str(target) in [line.split()[4] for line in mounts.splitlines()]
+    except OSError:  # not Linux
+        return os.path.ismount(target)
 
 
 def space_problems(output: Path, needed: int) -> list[str]:
     """Return a problem if the disk of the output has less than `needed` bytes free."""
-    existing = next(parent for parent in output.resolve().parents if parent.exists())
+    target = output.resolve()
+    existing = next(path for path in (target, *target.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free >= needed:
         return []

@@ -125,12 +125,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge",
         metavar="MODEL",
+        type=cli.model_name,
         action=InOrder,
         help="a model to merge; repeat for each (at least one)",
     )
     parser.add_argument(
         "--base-model",
         metavar="MODEL",
+        type=cli.model_name,
         help="ties: the model that the others were fine-tuned from (required); slerp: the model at "
         "weight 0; linear: only gives config, tokenizer and vocabulary",
     )
@@ -355,7 +357,9 @@ def plan_merge(
     config = donor.config
     if ties and ck.says_tied(config) != (not untied):
         config = ck.changed_config(config, tie_word_embeddings=not untied)
-    return ck.Planned(donor.name, plan, config, cls, tuple(sorted(ignored)), tuple(notes))
+    model, problems = ck.assemble(cls, config, plan)
+    refuse(problems)
+    return ck.Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
 
 
 def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:

@@ -37,14 +37,21 @@ def _check_same_shape(tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"expected tensors of one shape, got {shapes}")
 
 
+def _chunk_size(tensor: Tensor) -> int:
+    """Return how many entries to take at once: more with more threads, each with its share."""
+    if tensor.device.type == "cpu":
+        return min(tensor.numel(), CPU_CHUNK * torch.get_num_threads())
+    return min(tensor.numel(), DEVICE_CHUNK)
+
+
 def _chunks(tensor: Tensor) -> Iterator[slice]:
-    size = CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
-    return (slice(start, start + size) for start in range(0, tensor.numel(), size))
+    size = _chunk_size(tensor)
+    return (slice(start, start + size) for start in range(0, tensor.numel(), size or 1))
 
 
 def _scratch(like: Tensor, work: torch.dtype, count: int) -> list[Tensor]:
     """Return `count` uninitialised buffers of `like`'s largest chunk."""
-    size = min(like.numel(), CPU_CHUNK if like.device.type == "cpu" else DEVICE_CHUNK)
+    size = _chunk_size(like)
     return [torch.empty(size, dtype=work, device=like.device) for _ in range(count)]
 
 
@@ -91,8 +98,8 @@ def linear(
 
 def check_normalizable(weights: Sequence[float]) -> float:
     """Return the sum of the weights; ValueError if it is about zero, compared with their sizes."""
-    total = math.fsum(weights)
-    if abs(total) <= 1e-6 * math.fsum(abs(w) for w in weights):
+    total = sum(weights)
+    if not abs(total) > 1e-6 * sum(abs(w) for w in weights) or math.isinf(total):
         raise ValueError(f"weights {list(weights)} sum to {total:g} and cannot be normalised")
     return total
 

@@ -9,12 +9,18 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 @contextmanager
@@ -26,24 +32,47 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     another run is writing the same output.
     """
     output = output.resolve()
-    staging = output.with_name(f".{output.name}.partial")
-    replaced = output.with_name(f".{output.name}.replaced")
+    staging, replaced = siblings(output)
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _claimed(staging, output):
-            _recover(replaced, output)
             try:
+                _recover(replaced, output)
+                if not overwrite and output.is_dir() and any(output.iterdir()):
+                    raise ValueError(f"{output}: not empty; another run has written it meanwhile")
                 yield staging
                 _sync(staging)
-                _put(staging, output, replaced, overwrite)
+                with uninterrupted():
+                    _put(staging, output, replaced, overwrite)
+                    shutil.rmtree(staging, ignore_errors=True)  # by now the old output, if any
             finally:
-                shutil.rmtree(staging, ignore_errors=True)  # the old output, where all went well
+                with uninterrupted():
+                    shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
         for parent in made:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+def siblings(output: Path) -> tuple[Path, Path]:
+    """Return the hidden names beside an output: of what is being written, of what is replaced."""
+    return output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.replaced")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignore the signals that ask to stop: for steps that are short and must be done whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -55,7 +84,8 @@ def _claimed(staging: Path, output: Path) -> Iterator[None]:
         if output.is_dir():
             locks.append(_lock(output, message))
         for left in staging.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            is_folder = left.is_dir() and not left.is_symlink()
+            shutil.rmtree(left) if is_folder else left.unlink()
         yield
     finally:
         for lock in locks:
@@ -71,9 +101,13 @@ def _lock(directory: Path, message: str) -> int:
         return os.open(os.devnull, os.O_RDONLY)
     while True:
         directory.mkdir(exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             if directory.stat().st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         except BlockingIOError:

@@ -120,6 +120,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "weight word": (command("out --base-model good --merge other --weight much"), "'much'"),
     "weight negative": (command("out --base-model good --merge other --weight -1"), "--no-normal"),
     "weight missing": (command("out --method linear --merge good"), "--weight"),
+    "weights overflow": (
+        command("out --method linear --merge good --weight 1e308 --merge other --weight 1e308"),
+        "cannot be normalised",
+    ),
     "weights cancel": (
         command("out --method linear --merge good --weight 1 --merge other --weight -1"),
         "cannot be normalised",
@@ -184,6 +188,13 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         "the output is a file",
     ),
     "output below a file": (fifo_output, "plain is a file"),
+    "output is the root": (command("/ --base-model good --merge other"), "root directory"),
+    "output name too long": (
+        command(f"{'x' * 250} --base-model good --merge other"),
+        "name is too long",
+    ),
+    "empty name": (lambda root: ["out", "--base-model", "good", "--merge", ""], "--merge"),
+    "no such user": (command("out --base-model good --merge ~nobody-here/m"), "~nobody-here/m"),
     "output not empty": (make_output("config.json"), "--overwrite"),
     "output not a model": (
         lambda root: make_output("thesis.txt")(root) or [*GOOD_COMMAND, "--overwrite"],
@@ -206,6 +217,23 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "other width": (config(hidden_size=64), "hidden_size is 64, expected the 32"),
     "other depth": (config(num_hidden_layers=5), "num_hidden_layers is 5, expected the 6"),
     "other architecture": (gpt2, "gpt2"),
+    **{
+        f"donor's {key} {value!r}": (
+            lambda root, key=key, value=value: (
+                config(**{key: value})(root) or "out --base-model broken --merge good".split()
+            ),
+            "broken",
+        )
+        for key, value in (
+            ("hidden_act", "nope"),
+            ("rope_parameters", {"rope_type": "bogus", "rope_theta": 1e4}),
+            ("num_key_value_heads", 0),
+            ("pad_token_id", 9_999_999),
+            ("architectures", 5),
+            ("architectures", [3]),
+            ("hidden_size", "wide"),
+        )
+    },
     # tensors
     "tensor missing": (tensors(without(LAYER)), LAYER),
     "tensor extra": (tensors(set_value("model.extra.weight", torch.ones(3))), "model.extra.weight"),
@@ -244,7 +272,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
             file("model.safetensors", None)(root)
             or torch.save([torch.ones(2)], root / "broken" / "pytorch_model.bin")
         ),
-        "dictionary of tensors",
+        "dictionary of named, dense tensors",
     ),
     "pickle of the old format": (
         lambda root: (
@@ -339,6 +367,17 @@ STACKS = {
     "empty range": ("layer_slices: [{model: good, start: 3, end: 3}]", "start < end"),
     "range reversed": ("layer_slices: [{model: good, start: 3, end: 1}]", "start < end"),
     "range too long": ("layer_slices: [{model: good, start: 0, end: 7}]", "0 to 6 of good"),
+    "key twice": (
+        "layer_slices: [{model: good, start: 0, end: 1, start: 2}]",
+        "layer_slices[0].start: given twice",
+    ),
+    "a date": ("layer_slices: [{model: good, start: 2001-99-99, end: 1}]", "stack.yml"),
+    "a bomb": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
+        "c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
+        "layer_slices: *d",
+        "layer_slices[0]",
+    ),
     "scale nan": ("layer_slices: [{model: good, start: 0, end: 1, scale: .nan}]", "[0].scale"),
     "scale a list": ("layer_slices: [{model: good, start: 0, end: 1, scale: [1]}]", "[0].scale"),
     "scale of nothing": (

@@ -10,6 +10,7 @@ from conftest import Make, contents, loads_clean, stored
 from safetensors.torch import save_file
 
 import bakllama
+import checkpoints
 import main
 
 
@@ -147,12 +148,9 @@ def test_an_output_that_differs_from_its_plan_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import transformers
+    verify = checkpoints._verify
 
-    save = transformers.PreTrainedModel.save_pretrained
-
-    def damaged(self: transformers.PreTrainedModel, folder: Path, **options: object) -> None:
-        save(self, folder, **options)
+    def damaged(folder: Path, planned: checkpoints.Planned) -> None:
         tensors = stored(folder)
         if damage == "drop":
             del tensors["model.norm.weight"]
@@ -162,8 +160,9 @@ def test_an_output_that_differs_from_its_plan_is_not_kept(
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        verify(folder, planned)
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", damaged)
+    monkeypatch.setattr(checkpoints, "_verify", damaged)
     assert linear(output, make("llama", 1)) == 2
     expected = {
         "drop": "the output differs from the plan in model.norm.weight",
@@ -367,3 +366,63 @@ def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < size
+
+
+def test_files_are_those_that_safetensors_writes(make: Make, tmp_path: Path, output: Path) -> None:
+    """Byte for byte, with several dtypes, odd names, an empty tensor and a scalar."""
+    router = "model.layers.0.mlp.gate.weight"
+    tensors = stored(make("qwen3-moe", 1))
+    tensors[router] = tensors[router].float()
+    mixed = rewrite(make("qwen3-moe", 1), tmp_path / "mixed", tensors)
+    assert linear(output, mixed) == 0
+    expected = tmp_path / "expected.safetensors"
+    save_file(tensors, expected, metadata={"format": "pt"})
+    assert (output / "model.safetensors").read_bytes() == expected.read_bytes()
+
+
+def test_the_writer_agrees_with_safetensors_on_odd_tensors(tmp_path: Path) -> None:
+    from tqdm import tqdm
+
+    tensors = {
+        'é "quoted"': torch.ones(3, 0),
+        "scalar": torch.tensor(3.5, dtype=torch.float64),
+        "a": torch.arange(7, dtype=torch.int64),
+        "b": torch.tensor([True, False, True]),
+        "c": torch.arange(5).to(torch.float16),
+        "d": torch.arange(9, dtype=torch.uint8),
+    }
+    plan = {
+        n: checkpoints.Recipe("copied", (), tuple(t.shape), t.dtype) for n, t in tensors.items()
+    }
+    planned = checkpoints.Planned("", plan, None, ())  # type: ignore[arg-type]
+    order = checkpoints._file_order(plan, plan)
+    with tqdm(disable=True) as bar:
+        values = iter([tensors[name] for name in order])
+        checkpoints._write_shard(tmp_path / "ours", order, planned, values, bar)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "7"])
+def test_threads_do_not_change_a_byte(
+    threads: str, make: Make, tmp_path: Path, output: Path
+) -> None:
+    base = str(make("mixtral", 0))
+    options = ("--method", "ties", "--base-model", base, "--density", "0.4")
+    assert (
+        linear(tmp_path / "default", make("mixtral", 1), make("mixtral", 2), options=options) == 0
+    )
+    options = (*options, "--threads", threads)
+    assert linear(output, make("mixtral", 1), make("mixtral", 2), options=options) == 0
+    assert contents(output) == contents(tmp_path / "default")
+
+
+def test_parameters_in_a_bin_are_tensors(make: Make, tmp_path: Path, output: Path) -> None:
+    a = tmp_path / "a"
+    a.mkdir()
+    shutil.copyfile(make("llama", 1) / "config.json", a / "config.json")
+    parameters = {n: torch.nn.Parameter(t) for n, t in stored(make("llama", 1)).items()}
+    torch.save(parameters, a / "pytorch_model.bin")
+    options = ("--method", "ties", "--base-model", str(make("llama", 0)), "--density", "0.4")
+    assert linear(output, a, options=options) == 0
+    loads_clean(output)

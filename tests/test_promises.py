@@ -18,6 +18,7 @@ import torch
 from conftest import Make, contents, loads_clean, stored
 
 import bakllama
+import checkpoints
 import main
 import staging
 
@@ -136,8 +137,6 @@ def test_a_signal_while_writing(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    import checkpoints
-
     def interrupt(*arguments: object) -> int:
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -170,7 +169,7 @@ def test_a_limit_on_file_size(
     loads_clean(output)
 
 
-@pytest.mark.parametrize("name", ["save_pretrained", "copyfile", "fsync"])
+@pytest.mark.parametrize("name", ["_write", "copyfile", "fsync"])
 def test_a_full_disk(
     name: str,
     inputs: list[str],
@@ -178,23 +177,13 @@ def test_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import transformers
-    from safetensors import SafetensorError
-
     def full(*arguments: object, **options: object) -> None:
-        if name == "save_pretrained":
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
         raise OSError(28, "No space left on device", "some/file")
 
-    where = {
-        "save_pretrained": transformers.PreTrainedModel,
-        "copyfile": shutil,
-        "fsync": os,
-    }[name]
+    where = {"_write": checkpoints, "copyfile": shutil, "fsync": os}[name]
     monkeypatch.setattr(where, name, full)
     assert main.main(ties(output, inputs)) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and "No space left on device" in text
+    assert capsys.readouterr().err == "error: some/file: No space left on device\n"
     assert not output.parent.exists()
 
 
@@ -290,6 +279,88 @@ def test_an_output_may_be_a_link(inputs: list[str], output: Path, tmp_path: Path
     assert main.main(ties(link, inputs)) == 0
     assert link.is_symlink()
     loads_clean(target)
+
+
+@pytest.mark.parametrize("step", ["_put", "rmtree"])
+def test_a_signal_during_the_swap_does_not_stop_it(
+    step: str, inputs: list[str], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main.main(ties(output, inputs)) == 0
+    where = staging if step == "_put" else shutil
+    original = getattr(where, step)
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        original(*arguments, **options)
+
+    monkeypatch.setattr(where, step, interrupted)
+    base, a, _ = inputs
+    arguments = [str(output), "--base-model", base, "--merge", a, "--overwrite", "--quiet"]
+    assert main.main(arguments) == 0
+    monkeypatch.undo()
+    assert visible(output.parent) == ["model"]
+    assert len(list(output.glob("*.safetensors"))) == 1
+
+
+def test_a_planted_link_is_not_followed(
+    inputs: list[str], output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "elsewhere"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    output.parent.mkdir()
+    link = output.parent / ".model.partial"
+    link.symlink_to(precious)
+    assert main.main(ties(output, inputs)) == 2
+    assert ".model.partial" in capsys.readouterr().err
+    assert contents(precious) == {"file": b"precious"}
+    link.unlink()
+    inner = output.parent / ".model.partial"
+    inner.mkdir()
+    (inner / "link").symlink_to(precious)
+    assert main.main(ties(output, inputs)) == 0
+    assert contents(precious) == {"file": b"precious"}
+
+
+def test_outputs_that_inputs_need_are_refused(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, a, b = inputs
+    sibling = tmp_path / ".out.partial"
+    shutil.copytree(a, sibling)
+    assert main.main(ties(tmp_path / "out", [base, str(sibling), b])) == 2
+    assert "the output is, contains or lies in the input" in capsys.readouterr().err
+    assert contents(sibling) == contents(Path(a))
+
+    shutil.copytree(a, tmp_path / "store")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in (tmp_path / "store").iterdir():
+        (linked / file.name).symlink_to(file)
+    arguments = ties(tmp_path / "store", [base, str(linked), b], "--overwrite")
+    assert main.main(arguments) == 2
+    assert "holds files that" in capsys.readouterr().err
+
+    config = tmp_path / "store" / "stack.yml"
+    config.write_text(f"layer_slices: [{{model: {base}, start: 0, end: 1}}]")
+    assert bakllama.main([str(config), str(tmp_path / "store"), "--overwrite"]) == 2
+    assert config.exists()
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", "thesis.txt"])
+def test_folders_that_are_more_than_a_model_are_not_overwritten(
+    name: str, inputs: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.startswith(".git"):
+        shutil.copytree(inputs[0], output)
+    else:
+        output.mkdir(parents=True)
+        (output / "config.json").write_text("{}")
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    assert main.main(ties(output, inputs, "--overwrite")) == 2
+    assert "not a model" in capsys.readouterr().err
+    assert (output / name).read_text() == "mine"
 
 
 # -------------------------------------------------------------------- dry run
