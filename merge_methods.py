@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK = 1 << 17  # elements: a handful of float32 scratch tensors of this size stay in the cache
+COUNT_CHUNK = 1 << 18  # elements: larger, as each chunk's counts take time to add
+DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
 DOT_BLOCK = 1 << 14  # elements: so few that torch sums them on one thread, always in one order
 PARALLEL_THRESHOLD = 0.9995  # |cos| above which slerp interpolates linearly
@@ -106,15 +108,22 @@ def check_normalizable(weights: Sequence[float]) -> float:
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine of two flat tensors, 0 if a norm is zero; float64 sums of fixed blocks."""
-    products: tuple[list[Tensor], ...] = ([], [], [])
-    for start in range(0, a.numel(), DOT_BLOCK):
-        block_a = a[start : start + DOT_BLOCK].to(torch.float64)
-        block_b = b[start : start + DOT_BLOCK].to(torch.float64)
-        for sums, x, y in zip(
-            products, (block_a, block_a, block_b), (block_a, block_b, block_b), strict=True
-        ):
-            sums.append((x * y).sum())
-    aa, ab, bb = (math.fsum(torch.stack(sums).tolist()) if sums else 0.0 for sums in products)
+    if a.numel() == 0:
+        return 0.0
+    blocks = -(-_chunk_size(a) // DOT_BLOCK)
+    chunk_a, chunk_b, product = (
+        torch.empty(blocks * DOT_BLOCK, dtype=torch.float64, device=a.device) for _ in range(3)
+    )
+    sums: list[list[float]] = [[], [], []]
+    for start in range(0, a.numel(), len(product)):
+        n = min(len(product), a.numel() - start)
+        for chunk, tensor in ((chunk_a, a), (chunk_b, b)):
+            chunk[:n].copy_(tensor[start : start + n])
+            chunk[n:].zero_()
+        pairs = ((chunk_a, chunk_a), (chunk_a, chunk_b), (chunk_b, chunk_b))
+        for total, (x, y) in zip(sums, pairs, strict=True):
+            total += torch.mul(x, y, out=product).view(blocks, DOT_BLOCK).sum(1).tolist()
+    aa, ab, bb = map(math.fsum, sums)
     norms = math.sqrt(aa) * math.sqrt(bb)
     return ab / norms if norms != 0 else 0.0
 
@@ -151,22 +160,23 @@ def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int) -> float:
     """
     work = _work_dtype([base, tensor])
     bits_dtype, width = (torch.int64, 64) if work == torch.float64 else (torch.int32, 32)
-    scratch = _scratch(base, work, 2)
+    size = min(base.numel(), COUNT_CHUNK if base.device.type == "cpu" else DEVICE_CHUNK)
+    delta, other = (torch.empty(size, dtype=work, device=base.device) for _ in range(2))
     prefix = 0
     for shift in range(width - 16, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=base.device)
-        for chunk in _chunks(base):
-            delta, other = (s[: base[chunk].numel()] for s in scratch)
-            delta.copy_(tensor[chunk]).sub_(other.copy_(base[chunk])).abs_()
-            bits = delta.view(bits_dtype)
-            if shift < width - 16:
-                bits = bits[bits >> shift + 16 == prefix]
-            digits = (bits >> shift).bitwise_and_(0xFFFF)
-            counts += torch.bincount(digits, minlength=1 << 16)
-        at_least = counts.flip(0).cumsum(0)  # entries with this digit, counted down, or a larger
+        # Digits are counted from 1, and all that is below or above them as 0 and DIGITS + 1.
+        counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=base.device)
+        for start in range(0, base.numel(), size):
+            chunk = slice(start, start + size)
+            n = base[chunk].numel()
+            delta[:n].copy_(tensor[chunk]).sub_(other[:n].copy_(base[chunk])).abs_()
+            digits = delta[:n].view(bits_dtype).bitwise_right_shift_(shift)
+            digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1)
+            counts += torch.bincount(digits, minlength=DIGITS + 2)
+        at_least = counts[1:-1].flip(0).cumsum(0)  # entries with this digit, from the top, or above
         place = int(torch.searchsorted(at_least, k))
         k -= int(at_least[place - 1]) if place else 0
-        prefix = prefix << 16 | 0xFFFF - place
+        prefix = prefix << 16 | DIGITS - 1 - place
     code = "<d" if width == 64 else "<f"
     return float(struct.unpack(code, prefix.to_bytes(width // 8, "little"))[0])
 
