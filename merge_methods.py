@@ -23,6 +23,7 @@ from torch import Tensor
 
 CPU_CHUNK = 1 << 17  # elements: a handful of float32 scratch tensors of this size stay in the cache
 COUNT_CHUNK = 1 << 18  # elements: larger, as each chunk's counts take time to add
+SMALL = 1 << 15  # elements: so few that selecting is faster than counting
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
 DOT_BLOCK = 1 << 14  # elements: so few that torch sums them on one thread, always in one order
@@ -159,6 +160,9 @@ def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int) -> float:
     largest lies, and go on with the next bits of the entries that share them.
     """
     work = _work_dtype([base, tensor])
+    if base.numel() <= SMALL:
+        magnitudes = (tensor.to(work) - base.to(work)).abs_()
+        return float(magnitudes.kthvalue(base.numel() - k + 1).values)
     bits_dtype, width = (torch.int64, 64) if work == torch.float64 else (torch.int32, 32)
     size = min(base.numel(), COUNT_CHUNK if base.device.type == "cpu" else DEVICE_CHUNK)
     delta, other = (torch.empty(size, dtype=work, device=base.device) for _ in range(2))

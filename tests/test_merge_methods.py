@@ -286,7 +286,11 @@ def test_ties_shapes(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("density", [1e-9, 0.001, 0.33, 0.5, 0.75, 0.999, 1.0])
-def test_ties_keeps_exactly_the_largest(density: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("small", [0, 10_000])
+def test_ties_keeps_exactly_the_largest(
+    small: int, density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_methods, "SMALL", small)
     base = torch.zeros(5000, dtype=dtype)
     model = randoms(1, (5000,), dtype)[0]
     k = max(1, math.floor(density * 5000))
