@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from checkpoints import Checkpoint, Plan, Planned, Recipe, Source
+    from checkpoints import Checkpoint, Source
+    from saving import Plan, Planned, Recipe
 
 TOP_KEYS = ("layer_slices", "embedding_source", "lm_head_source")
 SLICE_KEYS = ("model", "start", "end", "scale")
@@ -217,7 +218,7 @@ def stacked_config(
     stack: Stack, models: "Mapping[str, Checkpoint]", tied: bool
 ) -> "PretrainedConfig":
     """Return the donor's config with the depth, and every per-layer list, of the chosen layers."""
-    from checkpoints import changed_config
+    from architecture import changed_config
 
     chosen = [(s.model, i) for s in stack.slices for i in range(s.start, s.end)]
     parts = {name: models[name].config.get_text_config() for name in models}
@@ -253,44 +254,46 @@ def plan_stack(
     Raises ValueError for ranges outside a model, unknown modules in scale, and layers that do not
     fit together.
     """
-    import checkpoints as ck
+    import architecture as arch
+    from checkpoints import Source
+    from saving import Planned
 
     donor = models[stack.slices[0].model]
     refuse([f"{m.name}: {reason}" for m in models.values() if (reason := _unstackable(m))])
-    cls = ck.model_class(donor.config, donor.path, trust_remote_code)
-    skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
+    cls = arch.model_class(donor.config, donor.path, trust_remote_code)
+    skeleton, problems = arch.assemble(cls, donor.config, donor.tensors)
     refuse([f"{donor.name}: {problem}" for problem in problems])
-    ties = ck.possible_ties(skeleton, donor.tensors)
+    ties = arch.possible_ties(skeleton, donor.tensors)
     others = [model for model in models.values() if model is not donor]
-    aligned = ck.aligned([donor, *others], skeleton.base_model_prefix, ties)
+    aligned = arch.aligned([donor, *others], skeleton.base_model_prefix, ties)
     models = {model.name: model for model in aligned}
     donor, embedding = models[donor.name], models[stack.embedding_source]
     head = models[stack.lm_head_source]
     layers = {name: find_layers(model) for name, model in models.items()}
     refuse([*_range_problems(stack, layers), *_family_problems(models, layers, donor)])
-    ignored = ck.ignored_names(models.values(), skeleton)
+    ignored = arch.ignored_names(models.values(), skeleton)
     for found in layers.values():
         ignored |= found.beyond
-    tied = {model: ck.tied_names(model, ties) for model in (embedding, head)}
+    tied = {model: arch.tied_names(model, ties) for model in (embedding, head)}
     all_tied = not stack.head_asked_for and all(tied[m] == ties.keys() for m in tied)
-    rows, notes = ck.vocabulary_rows(cls, skeleton, embedding, [head])
+    rows, notes = arch.vocabulary_rows(cls, skeleton, embedding, [head])
 
     def of_head(name: str) -> "Source":
         """Return a tensor after the layers, its rows those of the embedding's vocabulary."""
         stored = ties[name] if name in tied[head] else name
-        given = ck.Source(embedding, ties[name] if name in tied[embedding] else name)
-        return ck.Source(head, stored, rows(head, stored, given))
+        given = Source(embedding, ties[name] if name in tied[embedding] else name)
+        return Source(head, stored, rows(head, stored, given))
 
     sources: dict[str, tuple[Source, float]] = {}
     on_embedding_side = _embedding_side(skeleton)
     for name in layers[embedding.name].others:
         if on_embedding_side(name):
-            sources[name] = ck.Source(embedding, name), 1.0
+            sources[name] = Source(embedding, name), 1.0
     chosen = [(entry, i) for entry in stack.slices for i in range(entry.start, entry.end)]
     for number, (entry, i) in enumerate(chosen):
         for part, name in layers[entry.model].parts[i].items():
             output = f"{layers[donor.name].prefix}.{number}.{part}"
-            sources[output] = ck.Source(models[entry.model], name), scale_of(entry.scale, part)
+            sources[output] = Source(models[entry.model], name), scale_of(entry.scale, part)
     for name in layers[head.name].others:
         if not on_embedding_side(name) and name not in ties:
             sources[name] = of_head(name), 1.0
@@ -309,9 +312,9 @@ def plan_stack(
     }
     refuse(list(_shape_problems(plan, layers[donor.name], donor)))
     config = stacked_config(stack, models, all_tied)
-    model, problems = ck.assemble(cls, config, plan)
+    model, problems = arch.assemble(cls, config, plan)
     refuse(problems)
-    return ck.Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
+    return Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
 
 
 def _unstackable(model: "Checkpoint") -> str:
@@ -329,12 +332,13 @@ def _unstackable(model: "Checkpoint") -> str:
 
 
 def _recipe(source: "Source", scale: float, dtype: "torch.dtype | None") -> "Recipe":
-    import checkpoints as ck
+    from checkpoints import FLOAT_DTYPES
     from merge_methods import linear
+    from saving import Recipe, output_dtype
 
-    target = ck.output_dtype(source.info.dtype, dtype)
-    scaled = scale != 1.0 and source.info.dtype in ck.FLOAT_DTYPES
-    return ck.Recipe(
+    target = output_dtype(source.info.dtype, dtype)
+    scaled = scale != 1.0 and source.info.dtype in FLOAT_DTYPES
+    return Recipe(
         "scaled" if scaled else "copied",
         (source,),
         source.shape,
@@ -347,13 +351,13 @@ def _embedding_side(skeleton: "PreTrainedModel") -> Any:
     """Return a test of stored names: does the tensor stand before the layers, or after them?"""
     from torch import nn
 
-    import checkpoints as ck
+    import architecture as arch
 
     head = skeleton.get_output_embeddings()
     modules = dict(skeleton.named_modules())
 
     def test(name: str) -> bool:
-        module, _, _ = ck.module_names(skeleton, [name])[name].rpartition(".")
+        module, _, _ = arch.module_names(skeleton, [name])[name].rpartition(".")
         if head is not None and modules.get(module) is head:
             return False
         if isinstance(modules.get(module), nn.Embedding):

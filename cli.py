@@ -19,7 +19,8 @@ from staging import STOP_SIGNALS
 if TYPE_CHECKING:  # torch and transformers take seconds to load; --help does not wait for them
     import torch
 
-    from checkpoints import Checkpoint, Planned
+    from checkpoints import Checkpoint
+    from saving import Planned
 
 LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -168,7 +169,7 @@ def write(
 
     Raises Problems with all that the plan finds, besides those found before.
     """
-    import checkpoints
+    from saving import save
 
     planned = None
     with collecting(problems):
@@ -181,7 +182,7 @@ def write(
     say(arguments.quiet and not arguments.dry_run, summary(planned, arguments.max_shard_size))
     if arguments.dry_run:
         return
-    shards = checkpoints.save(
+    shards = save(
         planned,
         copied,
         output,

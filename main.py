@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from checkpoints import Checkpoint, Plan, Planned, Source
+    from checkpoints import Checkpoint, Source
+    from saving import Plan, Planned
 
     Combine = Callable[[list[Tensor]], Tensor]
 
@@ -323,48 +324,50 @@ def plan_merge(
     Rows of embeddings and heads are matched by token. Raises Problems with every tensor that is
     missing, extra or of another shape.
     """
-    import checkpoints as ck
+    import architecture as arch
+    from checkpoints import FLOAT_DTYPES, Source
+    from saving import Planned, Recipe, output_dtype
 
-    cls = ck.model_class(donor.config, donor.path, trust_remote_code)
-    skeleton, problems = ck.assemble(cls, donor.config, donor.tensors)
+    cls = arch.model_class(donor.config, donor.path, trust_remote_code)
+    skeleton, problems = arch.assemble(cls, donor.config, donor.tensors)
     refuse([f"{donor.name}: {problem}" for problem in problems])
-    ties = ck.possible_ties(skeleton, donor.tensors)
-    donor, *models = ck.aligned([donor, *models], skeleton.base_model_prefix, ties)
-    ignored = ck.ignored_names((donor, *models), skeleton)
-    tied = {model: ck.tied_names(model, ties) for model in (donor, *models)}
+    ties = arch.possible_ties(skeleton, donor.tensors)
+    donor, *models = arch.aligned([donor, *models], skeleton.base_model_prefix, ties)
+    ignored = arch.ignored_names((donor, *models), skeleton)
+    tied = {model: arch.tied_names(model, ties) for model in (donor, *models)}
     untied = [target for target in ties if not all(target in tied[model] for model in models)]
     names = [n for n in donor.tensors if n not in ignored and (n not in ties or n in untied)]
     names += [name for name in untied if name not in donor.tensors]
-    rows, notes = ck.vocabulary_rows(cls, skeleton, donor, models)
+    rows, notes = arch.vocabulary_rows(cls, skeleton, donor, models)
 
     def source(model: "Checkpoint", name: str) -> "Source":
         stored = ties[name] if name in tied[model] else name
-        given = ck.Source(donor, ties[name] if name in tied[donor] else name)
-        return ck.Source(model, stored, rows(model, stored, given))
+        given = Source(donor, ties[name] if name in tied[donor] else name)
+        return Source(model, stored, rows(model, stored, given))
 
     plan: Plan = {}
     for name in names:
         info = source(donor, name).info
-        target = ck.output_dtype(info.dtype, dtype)
-        if info.dtype in ck.FLOAT_DTYPES:
+        target = output_dtype(info.dtype, dtype)
+        if info.dtype in FLOAT_DTYPES:
             sources = tuple(source(model, name) for model in models)
-            plan[name] = ck.Recipe("merged", sources, info.shape, target, combine(target))
+            plan[name] = Recipe("merged", sources, info.shape, target, combine(target))
         else:
-            plan[name] = ck.Recipe("copied", (ck.Source(donor, name),), info.shape, target)
+            plan[name] = Recipe("copied", (Source(donor, name),), info.shape, target)
     for model in dict.fromkeys(models):
         problems += compare(model, plan, ignored | ties.keys())
     refuse(problems)
     config = donor.config
-    if ties and ck.says_tied(config) != (not untied):
-        config = ck.changed_config(config, tie_word_embeddings=not untied)
-    model, problems = ck.assemble(cls, config, plan)
+    if ties and arch.says_tied(config) != (not untied):
+        config = arch.changed_config(config, tie_word_embeddings=not untied)
+    model, problems = arch.assemble(cls, config, plan)
     refuse(problems)
-    return ck.Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
+    return Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
 
 
 def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
     """Return how a model's stored tensors differ from what the plan takes of it."""
-    import checkpoints as ck
+    from checkpoints import FLOAT_DTYPES
 
     problems = []
     taken = {s.name: (s, r) for r in plan.values() for s in r.sources if s.checkpoint is model}
@@ -379,7 +382,7 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
         source, recipe = taken[name]
         if source.shape != recipe.shape:
             shapes.append(f"{name} {source.shape}, not {recipe.shape}")
-        elif recipe.combine and source.info.dtype not in ck.FLOAT_DTYPES:
+        elif recipe.combine and source.info.dtype not in FLOAT_DTYPES:
             integers.append(f"{name} ({source.info.dtype})")
     if shapes:
         problems.append(f"{model.name}: not of the donor's shapes are {some(shapes)}")

@@ -10,8 +10,9 @@ from conftest import Make, contents, loads_clean, stored
 from safetensors.torch import save_file
 
 import bakllama
-import checkpoints
 import main
+import saving
+from direct import DirectFile
 
 
 def rewrite(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -148,9 +149,9 @@ def test_an_output_that_differs_from_its_plan_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    verify = checkpoints._verify
+    verify = saving._verify
 
-    def damaged(folder: Path, planned: checkpoints.Planned) -> None:
+    def damaged(folder: Path, planned: saving.Planned) -> None:
         tensors = stored(folder)
         if damage == "drop":
             del tensors["model.norm.weight"]
@@ -162,7 +163,7 @@ def test_an_output_that_differs_from_its_plan_is_not_kept(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         verify(folder, planned)
 
-    monkeypatch.setattr(checkpoints, "_verify", damaged)
+    monkeypatch.setattr(saving, "_verify", damaged)
     assert linear(output, make("llama", 1)) == 2
     expected = {
         "drop": "the output differs from the plan in model.norm.weight",
@@ -391,14 +392,12 @@ def test_the_writer_agrees_with_safetensors_on_odd_tensors(tmp_path: Path) -> No
         "c": torch.arange(5).to(torch.float16),
         "d": torch.arange(9, dtype=torch.uint8),
     }
-    plan = {
-        n: checkpoints.Recipe("copied", (), tuple(t.shape), t.dtype) for n, t in tensors.items()
-    }
-    planned = checkpoints.Planned("", plan, None, ())  # type: ignore[arg-type]
-    order = checkpoints._file_order(plan, plan)
+    plan = {n: saving.Recipe("copied", (), tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    planned = saving.Planned("", plan, None, ())  # type: ignore[arg-type]
+    order = saving._file_order(plan, plan)
     with tqdm(disable=True) as bar:
         values = iter([tensors[name] for name in order])
-        checkpoints._write_shard(tmp_path / "ours", order, planned, values, bar)
+        saving._write_shard(tmp_path / "ours", order, planned, values, bar)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -426,3 +425,38 @@ def test_parameters_in_a_bin_are_tensors(make: Make, tmp_path: Path, output: Pat
     options = ("--method", "ties", "--base-model", str(make("llama", 0)), "--density", "0.4")
     assert linear(output, a, options=options) == 0
     loads_clean(output)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 1 << 22, (1 << 22) + 5, 9_999_999])
+@pytest.mark.parametrize("support", ["full", "not opened", "not written"])
+def test_direct_files_hold_what_was_written(
+    support: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    content = (torch.arange(size) % 251).to(torch.uint8).numpy().tobytes()
+    direct_flag = getattr(os, "O_DIRECT", 0)
+    opened, written = os.open, os.write
+    refusals = []
+
+    def refuse_open(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & direct_flag:
+            refusals.append("open")
+            raise OSError(22, "Invalid argument")
+        return opened(path, flags, mode)
+
+    def refuse_write(descriptor: int, data: memoryview) -> int:
+        if not refusals and len(data) % 4096 == 0:
+            refusals.append("write")
+            raise OSError(22, "Invalid argument")
+        return written(descriptor, data[: max(1, len(data) // 3)])  # and in pieces
+
+    if support == "not opened":
+        monkeypatch.setattr(os, "open", refuse_open)
+    if support == "not written" and direct_flag:
+        monkeypatch.setattr(os, "write", refuse_write)
+    file = DirectFile(tmp_path / "file")
+    for start in range(0, size, 1_000_003):
+        file.write(content[start : start + 1_000_003])
+    file.close()
+    assert (tmp_path / "file").read_bytes() == content

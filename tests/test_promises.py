@@ -18,15 +18,15 @@ import torch
 from conftest import Make, contents, loads_clean, stored
 
 import bakllama
-import checkpoints
 import main
+import saving
 import staging
 
 if sys.platform == "win32":
     pytest.skip("needs POSIX signals and limits", allow_module_level=True)
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["main", "checkpoints", "merge_methods", "transformers.models"])
+PROCESSES.set_forkserver_preload(["main", "saving", "merge_methods", "transformers.models"])
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -142,7 +142,7 @@ def test_a_signal_while_writing(
         time.sleep(5)
         raise AssertionError("not interrupted")
 
-    monkeypatch.setattr(checkpoints, "_verify", interrupt)
+    monkeypatch.setattr(saving, "_verify", interrupt)
     handler = signal.getsignal(number)
     assert main.main(ties(output, inputs)) == 128 + number
     assert signal.getsignal(number) is handler
@@ -169,7 +169,7 @@ def test_a_limit_on_file_size(
     loads_clean(output)
 
 
-@pytest.mark.parametrize("name", ["_write", "copyfile", "fsync"])
+@pytest.mark.parametrize("name", ["write", "copyfile", "fsync"])
 def test_a_full_disk(
     name: str,
     inputs: list[str],
@@ -180,9 +180,10 @@ def test_a_full_disk(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device", "some/file")
 
-    where = {"_write": checkpoints, "copyfile": shutil, "fsync": os}[name]
-    monkeypatch.setattr(where, name, full)
-    assert main.main(ties(output, inputs)) == 2
+    where = os if name in ("write", "fsync") else shutil
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, full)
+        assert main.main(ties(output, inputs)) == 2
     assert capsys.readouterr().err == "error: some/file: No space left on device\n"
     assert not output.parent.exists()
 

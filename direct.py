@@ -1,0 +1,73 @@
+"""Write a large file from start to end, past the system's page cache where it can be had.
+
+A merge writes gigabytes that it does not read again. Through the page cache each byte is copied
+into memory that must be found first, which can take longer than all the arithmetic of a merge.
+"""
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+BUFFER = 1 << 22  # bytes; written when full
+ALIGNMENT = 4096  # of addresses, positions and sizes in direct writes
+
+
+class DirectFile:
+    """A new file, unbuffered by the system if it and the file system allow it, else ordinary."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        self._direct = getattr(os, "O_DIRECT", 0)
+        try:
+            self._descriptor = os.open(path, flags | self._direct, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            path.unlink(missing_ok=True)
+            self._direct = 0
+            self._descriptor = os.open(path, flags, 0o666)
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER))  # memory maps start at a page
+        self._filled = 0
+
+    def write(self, content: Any) -> None:
+        """Append the bytes of an object that has the buffer protocol."""
+        rest = memoryview(content)
+        while rest:
+            size = min(len(rest), BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + size] = rest[:size]
+            self._filled += size
+            rest = rest[size:]
+            if self._filled == BUFFER:
+                self._flush(BUFFER)
+                self._filled = 0
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        try:
+            whole = self._filled // ALIGNMENT * ALIGNMENT
+            self._flush(whole)
+            if whole < self._filled:
+                self._go_ordinary()
+                self._flush(self._filled, whole)
+        finally:
+            os.close(self._descriptor)
+
+    def _flush(self, end: int, start: int = 0) -> None:
+        while start < end:
+            try:
+                start += os.write(self._descriptor, self._buffer[start:end])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._go_ordinary()
+
+    def _go_ordinary(self) -> None:
+        """Go on without direct writes: at the unaligned end, or where they are not supported."""
+        if self._direct:
+            import fcntl
+
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~self._direct)
+            self._direct = 0
