@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-CPU_CHUNK = 1 << 18  # elements: a handful of float32 scratch tensors of this size stay in the cache
+CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
 COUNT_CHUNK = 1 << 19  # elements: larger, as each chunk's counts take time to add
 SMALL = 1 << 15  # elements: so few that selecting is faster than counting
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
