@@ -1,6 +1,7 @@
 """What both scripts have in common on the command line: options, errors and the last line."""
 
 import argparse
+import gc
 import os
 import re
 import signal
@@ -132,8 +133,11 @@ def open_inputs(
 
     import transformers
 
+    import architecture  # noqa: F401  (with all that planning and saving will import)
     import checkpoints
+    import saving  # noqa: F401
 
+    gc.enable()
     transformers.utils.logging.set_verbosity_error()  # its advice is about loading models to run
     transformers.utils.logging.disable_progress_bar()
     with collecting(problems):
@@ -279,6 +283,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in handled}
+    gc.disable()  # until torch and transformers are imported: it slows that by a third, for nothing
     try:
         work(argv)
     except BaseException as error:
@@ -295,6 +300,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             return 2
         raise
     finally:
+        gc.enable()
         if argv is not None or not received:  # at the end of a script, let no signal disturb it
             for each, handler in before.items():
                 signal.signal(each, handler)
