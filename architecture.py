@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from checkpoints import FLOAT_DTYPES, Checkpoint, Rows, Source, text_config
 from problems import collecting, refuse, some
-from vocabularies import Vocabulary, match, read_tokens, report
+from vocabularies import MISSING, Vocabulary, match, read_tokens, report
 
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
 COMPUTED_BUFFERS = re.compile(
@@ -164,7 +164,10 @@ def possible_ties(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, st
     The head to the embedding, above all, whatever the config says. In stored names, where there are
     any; a tensor that is not stored goes by its name in the model.
     """
-    ties: dict[str, str] = dict(model.all_tied_weights_keys)
+    own = model.state_dict()
+    declared = getattr(model, "_tied_weights_keys", None)
+    ties = {t: s for t, s in dict(declared or {}).items() if t in own and s in own}
+    ties |= model.all_tied_weights_keys
     places = {module: name for name, module in model.named_modules()}
     embedding, head = _embeddings(model)
     if (
@@ -195,8 +198,11 @@ def vocabulary_dims(
     A tensor is one if it grows with the config's vocabulary, whatever it is called and whatever
     other dimensions happen to be as large.
     """
-    size = text_config(config).vocab_size
-    larger = changed_config(config, vocab_size=size + 64)
+    part = text_config(config)
+    sizes = ("vocab_size", "vocab_size_per_layer_input")
+    larger = changed_config(
+        config, **{key: getattr(part, key) + 64 for key in sizes if hasattr(part, key)}
+    )
     with torch.device("meta"), no_init_weights():
         model, grown = cls(changed_config(config)), cls(larger).state_dict()
     dims = {
@@ -215,6 +221,7 @@ def vocabulary_rows(
     skeleton: PreTrainedModel,
     donor: Checkpoint,
     models: Sequence[Checkpoint],
+    trust_remote_code: bool = False,
 ) -> tuple[Callable[[Checkpoint, str, Source], Rows | None], list[str]]:
     """Match the vocabularies of models with the donor's, by token.
 
@@ -230,7 +237,7 @@ def vocabulary_rows(
     for checkpoint in dict.fromkeys((donor, *models)):
         if embedding in checkpoint.tensors:  # else it is reported as missing
             with collecting(problems):
-                tokens = read_tokens(checkpoint.path)
+                tokens = read_tokens(checkpoint.path, trust_remote_code)
                 size = checkpoint.tensors[embedding].shape[0]
                 vocabularies[checkpoint] = Vocabulary(checkpoint.name, size, tokens)
     refuse(problems)
@@ -248,16 +255,21 @@ def vocabulary_rows(
         found = matches.get(model)
         if found is None or name not in dims or name not in model.tensors:
             return None
-        if model.tensors[name].shape[dims[name]] != vocabularies[model].rows:
+        dim = dims[name]
+        wanted, size = given.info.shape[dim], model.tensors[name].shape[dim]
+        if wanted > len(found):
             return None  # a difference of shapes, reported as such
-        chosen = torch.tensor(found)
-        return Rows(dims[name], chosen.clamp_min(0), (chosen < 0).nonzero().flatten(), given)
+        chosen = torch.tensor(found[:wanted])
+        chosen[chosen >= size] = MISSING
+        return Rows(dim, chosen.clamp_min(0), (chosen < 0).nonzero().flatten(), given)
 
     return rows, notes
 
 
 def says_tied(config: PretrainedConfig) -> bool:
-    return bool(getattr(text_config(config), "tie_word_embeddings", False))
+    """Whether a config ties embedding and head, in its text part or as a whole."""
+    parts = (config, text_config(config))
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts)
 
 
 def tied_names(checkpoint: Checkpoint, ties: Mapping[str, str]) -> set[str]:

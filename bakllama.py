@@ -238,7 +238,7 @@ def stacked_config(
     embedding = parts[stack.embedding_source]
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(embedding, key, None) != getattr(donor, key, None):
-            changes[key] = getattr(embedding, key)
+            changes[key] = getattr(embedding, key, None)
     return changed_config(models[stack.slices[0].model].config, **changes)
 
 
@@ -276,7 +276,7 @@ def plan_stack(
         ignored |= found.beyond
     tied = {model: arch.tied_names(model, ties) for model in (embedding, head)}
     all_tied = not stack.head_asked_for and all(tied[m] == ties.keys() for m in tied)
-    rows, notes = arch.vocabulary_rows(cls, skeleton, embedding, [head])
+    rows, notes = arch.vocabulary_rows(cls, skeleton, embedding, [head], trust_remote_code)
 
     def of_head(name: str) -> "Source":
         """Return a tensor after the layers, its rows those of the embedding's vocabulary."""

@@ -335,10 +335,15 @@ def plan_merge(
     donor, *models = arch.aligned([donor, *models], skeleton.base_model_prefix, ties)
     ignored = arch.ignored_names((donor, *models), skeleton)
     tied = {model: arch.tied_names(model, ties) for model in (donor, *models)}
-    untied = [target for target in ties if not all(target in tied[model] for model in models)]
+    untied = [
+        target
+        for target in ties
+        if any(target in model.tensors for model in models)
+        and not all(target in tied[model] for model in models)
+    ]
     names = [n for n in donor.tensors if n not in ignored and (n not in ties or n in untied)]
     names += [name for name in untied if name not in donor.tensors]
-    rows, notes = arch.vocabulary_rows(cls, skeleton, donor, models)
+    rows, notes = arch.vocabulary_rows(cls, skeleton, donor, models, trust_remote_code)
 
     def source(model: "Checkpoint", name: str) -> "Source":
         stored = ties[name] if name in tied[model] else name

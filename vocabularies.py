@@ -23,7 +23,7 @@ class Vocabulary(NamedTuple):
     tokens: Mapping[str, int] | None
 
 
-def read_tokens(folder: Path) -> dict[str, int] | None:
+def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
     """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
 
     Raises ValueError if the tokenizer's files cannot be read.
@@ -33,18 +33,51 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
             from tokenizers import Tokenizer
 
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            return _with_added(folder, tokenizer.get_vocab(with_added_tokens=True))
-        if any((folder / name).is_file() for name in VOCABULARY_FILES):
-            from transformers import AutoTokenizer
+            tokens = _with_added(folder, tokenizer.get_vocab(with_added_tokens=True))
+            if _special_tokens(folder) <= tokens.keys():
+                return tokens
+        elif not any((folder / name).is_file() for name in VOCABULARY_FILES):
+            return None
+        from transformers import AutoTokenizer  # slower, but knows every kind of file
 
-            return dict(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
-    except Exception as error:  # tokenizers raises plain Exception
+        tokens = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        ).get_vocab()
+        _check_complete(folder, tokens)
+        return dict(tokens)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
         cause = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{folder}: its tokenizer cannot be read ({cause}); repair it, or remove its files to "
             "match rows by number"
         ) from error
-    return None
+
+
+def _special_tokens(folder: Path) -> set[str]:
+    """Return the tokens that a tokenizer's configuration names by role."""
+    named: set[str] = set()
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if file.is_file():
+            for key, value in json.loads(file.read_text(encoding="utf-8")).items():
+                if key.endswith("_token") or key.endswith("special_tokens"):
+                    values = value if isinstance(value, list) else [value]
+                    contents = [v.get("content") if isinstance(v, dict) else v for v in values]
+                    named |= {content for content in contents if isinstance(content, str)}
+    return named
+
+
+def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
+    """Refuse a tokenizer that transformers made without the vocabulary file that is there."""
+    if (folder / "vocab.json").is_file():
+        expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    elif (folder / "vocab.txt").is_file():
+        expected = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    else:
+        return
+    if len(tokens) < expected / 2:
+        raise ValueError(f"transformers gives {len(tokens)} tokens, its vocabulary has {expected}")
 
 
 def _with_added(folder: Path, tokens: dict[str, int]) -> dict[str, int]:

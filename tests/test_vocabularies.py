@@ -314,6 +314,19 @@ OTHER_CLASSES = {
             vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
         ),
     ),
+    "gemma3n": (  # which has a second embedding, with rows for each token and layer
+        tf.Gemma3nForCausalLM,
+        tf.Gemma3nTextConfig(
+            **_TEXT,
+            vocab_size_per_layer_input=96,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0, 0.0],
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
     "vit": (tf.ViTForImageClassification, tf.ViTConfig(**_VISION)),
     "resnet": (
         tf.ResNetForImageClassification,
@@ -373,7 +386,7 @@ def test_models_of_several_parts_are_not_stacked(
     assert "encoder-decoder" in text or "its text model alone" in text
 
 
-@pytest.mark.parametrize("name", ["t5", "bert masked", "gemma3 vision", "qwen2-vl"])
+@pytest.mark.parametrize("name", ["t5", "bert masked", "gemma3 vision", "qwen2-vl", "gemma3n"])
 def test_vocabularies_of_other_classes(
     name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,3 +408,74 @@ def test_vocabularies_of_other_classes(
     for tensor, value in stored(output).items():
         assert torch.equal(value, of_donor[tensor]), tensor
     assert "96 shared by all models" in capsys.readouterr().err
+
+
+def test_special_tokens_named_in_the_configuration_alone(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    """transformers appends them in the order in which they are named."""
+    folders = []
+    for seed, (pad, mask) in enumerate((("[PAD]", "[MASK]"), ("[MASK]", "[PAD]"))):
+        folder = model(make, tmp_path / str(seed), seed, TOKENS, 96)
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+        text = json.dumps(named | {"additional_special_tokens": [pad, mask]})
+        (folder / "tokenizer_config.json").write_text(text)
+        folders.append(folder)
+    donor, other = folders
+    rows = [tf.AutoTokenizer.from_pretrained(f).get_vocab()["[PAD]"] for f in folders]
+    assert rows == [93, 94]
+    assert merge("linear", output, donor, other) == 0
+    pair = [stored(donor)[EMBEDDING][93], stored(other)[EMBEDDING][94]]
+    oracle = linear_oracle(pair, [0.5, 0.5], True)
+    assert ulps(stored(output)[EMBEDDING][93], oracle).max() <= 0.51
+
+
+def test_a_broken_tokenizer_is_a_clear_error(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96)
+    other = model(make, tmp_path / "other", 1, TOKENS, 96)
+    broken = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}
+    (other / "tokenizer.json").write_text(json.dumps(broken))
+    assert merge("linear", output, donor, other) == 2
+    assert f"{other}: its tokenizer cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+def test_nested_tie_flags(flags: tuple[bool, bool], tmp_path: Path, output: Path) -> None:
+    """A head may be tied by the config as a whole or by its text part."""
+    for seed, name in ((1, "a"), (2, "b")):
+        folder = tmp_path / name
+        make_other("qwen2-vl", seed, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = flags
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = stored(folder)
+        tensors.pop(HEAD, None)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert merge("linear", output, tmp_path / "a", tmp_path / "b") == 0
+    result = stored(output)
+    assert result.keys() == stored(tmp_path / "a").keys()
+    name = next(name for name in result if name.endswith("embed_tokens.weight"))
+    pair = [stored(tmp_path / folder)[name] for folder in "ab"]
+    assert ulps(result[name], linear_oracle(pair, [0.5, 0.5], True)).max() <= 0.51
+    loads_clean(output, OTHER_CLASSES["qwen2-vl"][0])
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_masked_heads_tied_in_one_model_only(
+    order: tuple[bool, bool], tmp_path: Path, output: Path
+) -> None:
+    folders = []
+    for seed, tied in enumerate(order):
+        torch.manual_seed(seed)
+        config = tf.BertConfig(**_BERT, tie_word_embeddings=tied)
+        network = tf.BertForMaskedLM(config).to(torch.bfloat16)
+        folders.append(tmp_path / str(seed))
+        network.save_pretrained(folders[-1])
+    assert merge("linear", output, *folders) == 0
+    embedding, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    values = [stored(folder) for folder in folders]
+    oracle = linear_oracle([v.get(head, v[embedding]) for v in values], [0.5, 0.5], True)
+    assert ulps(stored(output)[head], oracle).max() <= 0.51
+    loads_clean(output, tf.BertForMaskedLM)
