@@ -1,6 +1,6 @@
 """What is promised when things go wrong: kills, full disks, two runs at once, no network."""
 
-import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -70,62 +70,59 @@ def visible(folder: Path) -> list[str]:
 # -------------------------------------------------------------------- interruptions
 
 
+MOMENTS = [  # where to stop: the function of a module, and after how many calls of it
+    (saving, "_make", 0),
+    (saving, "_make", 40),
+    (saving, "_make", 80),
+    (saving.DirectFile, "write", 0),
+    (saving.DirectFile, "write", 99),
+    (saving.DirectFile, "close", 1),
+    (shutil, "copyfile", 0),
+    (saving, "_verify", 0),
+    (staging, "_sync", 0),
+    (staging, "_sync_one", 3),
+]
+
+
+def stopped(arguments: list[str], number: int, moment: int) -> None:
+    """Run main.py in a process of its own, which gets a signal at a moment."""
+    owner, name, skip = MOMENTS[moment]
+    function, calls = getattr(owner, name), itertools.count()
+
+    def interrupted(*given: object, **options: object) -> object:
+        if next(calls) == skip:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # for the main thread to notice
+        return function(*given, **options)
+
+    setattr(owner, name, interrupted)
+    call(arguments)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_runs(
     number: signal.Signals, overwrite: bool, inputs: list[str], tmp_path: Path
 ) -> None:
-    """At ten moments: never half an output, and a plain rerun gives the same bytes."""
+    """At ten moments: nothing or the old output, and a plain rerun gives the same bytes."""
     assert main.main(ties(tmp_path / "expected", inputs)) == 0
-    expected = contents(tmp_path / "expected")
     output = tmp_path / "out" / "model"
     old: dict[str, bytes] = {}
     if overwrite:
         assert main.main([str(output), "--base-model", inputs[0], "--merge", inputs[1]]) == 0
         old = contents(output)
-        assert old != expected
     arguments = ties(output, inputs, *["--overwrite"] * overwrite)
-
-    for name in ("warm", "timed"):  # the first process waits for imports
-        started = time.monotonic()
-        process = PROCESSES.Process(target=call, args=(ties(tmp_path / name, inputs),))
+    for moment in range(len(MOMENTS)):
+        process = PROCESSES.Process(target=stopped, args=(arguments, number, moment))
         process.start()
         process.join()
-        assert process.exitcode == 0
-        duration = time.monotonic() - started
-
-    stopped = 0
-    for moment in range(10):
-        process = PROCESSES.Process(target=call, args=(arguments,))
-        process.start()
-        time.sleep(duration * (0.3 + 0.07 * moment))
-        assert process.pid is not None
-        with contextlib.suppress(ProcessLookupError):  # it may have ended
-            os.kill(process.pid, number)
-        process.join()
-        assert process.exitcode in (0, 1, -number, 128 + number)  # 1: before main.py began
-        if process.exitcode == 0:
-            assert contents(output) == expected
-            if overwrite:
-                main.main(
-                    [str(output), "--base-model", *inputs[:1], "--merge", inputs[1], "--overwrite"]
-                )
-            else:
-                shutil.rmtree(output)
-            continue
-        stopped += 1
-        found = contents(output) if output.exists() else {}
-        assert found in (old, expected) if number == signal.SIGKILL else found == old
-        if found == expected != old:
-            continue
-        if number != signal.SIGKILL:
+        killed = number == signal.SIGKILL
+        assert process.exitcode == (-number if killed else 128 + number), MOMENTS[moment]
+        assert (contents(output) if output.exists() else {}) == old
+        if not killed:
             assert visible(output.parent) == ["model"] * overwrite
-        assert not [name for name in visible(output.parent) if not name.startswith(".")][1:]
-    assert stopped >= 5
-    if output.exists():
-        arguments.append("--overwrite")
     assert main.main(arguments) == 0
-    assert contents(output) == expected
+    assert contents(output) == contents(tmp_path / "expected")
     assert visible(output.parent) == ["model"]
 
 
