@@ -304,7 +304,3 @@ def ignored_names(checkpoints: Iterable[Checkpoint], model: PreTrainedModel) -> 
     stored = {name for checkpoint in checkpoints for name in checkpoint.tensors}
     buffers = module_names(model, filter(COMPUTED_BUFFERS.search, stored))
     return {name for name, module in buffers.items() if module not in own}
-
-
-def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
-    return requested if requested and stored in FLOAT_DTYPES else stored

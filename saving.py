@@ -83,9 +83,6 @@ def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dt
     return requested if requested and stored in FLOAT_DTYPES else stored
 
 
-# ---------------------------------------------------------------------------- saving
-
-
 def _make(name: str, recipe: Recipe, device: torch.device) -> Tensor:
     """Read the sources of a recipe and combine them on the device. Returns a CPU tensor."""
     tensors = [source.read() for source in recipe.sources]
