@@ -332,19 +332,21 @@ def _unstackable(model: "Checkpoint") -> str:
 
 
 def _recipe(source: "Source", scale: float, dtype: "torch.dtype | None") -> "Recipe":
+    import torch
+    from torch import Tensor
+
     from checkpoints import FLOAT_DTYPES
     from merge_methods import linear
     from saving import Recipe, output_dtype
 
     target = output_dtype(source.info.dtype, dtype)
     scaled = scale != 1.0 and source.info.dtype in FLOAT_DTYPES
-    return Recipe(
-        "scaled" if scaled else "copied",
-        (source,),
-        source.shape,
-        target,
-        (lambda t: linear(t, [scale], normalize=False, dtype=target)) if scaled else None,
-    )
+
+    def scale_it(tensors: list[Tensor], device: torch.device) -> Tensor:
+        return linear(tensors, [scale], normalize=False, dtype=target, device=device)
+
+    how = "scaled" if scaled else "copied"
+    return Recipe(how, (source,), source.shape, target, scale_it if scaled else None)
 
 
 def _embedding_side(skeleton: "PreTrainedModel") -> Any:

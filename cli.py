@@ -137,7 +137,6 @@ def open_inputs(
     import checkpoints
     import saving  # noqa: F401
 
-    gc.enable()
     transformers.utils.logging.set_verbosity_error()  # its advice is about loading models to run
     transformers.utils.logging.disable_progress_bar()
     with collecting(problems):
@@ -283,7 +282,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in handled}
-    gc.disable()  # until torch and transformers are imported: it slows that by a third, for nothing
+    gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
         work(argv)
     except BaseException as error:
@@ -301,6 +300,8 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         raise
     finally:
         gc.enable()
+        if argv is None:  # the end of a script: collecting takes a second, and changes nothing
+            gc.freeze()
         if argv is not None or not received:  # at the end of a script, let no signal disturb it
             for each, handler in before.items():
                 signal.signal(each, handler)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from checkpoints import Checkpoint, Source
     from saving import Plan, Planned
 
-    Combine = Callable[[list[Tensor]], Tensor]
+    Combine = Callable[[list[Tensor], torch.device], Tensor]
 
 DEFAULT_WEIGHT = 1.0  # for ties; linear and slerp ask for one
 DEFAULT_DENSITY = 0.33
@@ -59,15 +59,17 @@ class Settings:
 def combine_linear(settings: Settings, dtype: "torch.dtype") -> "Combine":
     from merge_methods import linear
 
-    return lambda tensors: linear(
-        tensors, settings.weights, normalize=settings.normalize, dtype=dtype
+    return lambda tensors, device: linear(
+        tensors, settings.weights, normalize=settings.normalize, dtype=dtype, device=device
     )
 
 
 def combine_slerp(settings: Settings, dtype: "torch.dtype") -> "Combine":
     from merge_methods import slerp
 
-    return lambda tensors: slerp(tensors[0], tensors[1], settings.weights[0], dtype=dtype)
+    return lambda tensors, device: slerp(
+        tensors[0], tensors[1], settings.weights[0], dtype=dtype, device=device
+    )
 
 
 def combine_ties(settings: Settings, dtype: "torch.dtype") -> "Combine":
@@ -75,7 +77,7 @@ def combine_ties(settings: Settings, dtype: "torch.dtype") -> "Combine":
 
     assert settings.densities is not None
     densities = settings.densities
-    return lambda tensors: ties(
+    return lambda tensors, device: ties(
         tensors[0],
         tensors[1:],
         settings.weights,
@@ -83,6 +85,7 @@ def combine_ties(settings: Settings, dtype: "torch.dtype") -> "Combine":
         normalize=settings.normalize,
         naive_count=settings.naive_count,
         dtype=dtype,
+        device=device,
     )
 
 

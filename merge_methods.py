@@ -6,7 +6,8 @@ Each function combines the same-named tensor of several models:
 
 Inputs may have any shape and any floating dtype, mixed, on one device; they are never modified. The
 arithmetic is done in at least float32, sums of terms that may cancel in float64, and the result is
-rounded to `dtype`, which defaults to the dtype of the first tensor (of the base, for ties).
+rounded to `dtype`, which defaults to the dtype of the first tensor (of the base, for ties). It is
+on the inputs' device; given another `device`, the arithmetic goes there, a chunk at a time.
 
 Work goes through the flattened tensors in chunks, so that only a few megabytes are needed besides
 the result. Every step is element by element, or a count of integers, or a sum over blocks of fixed
@@ -18,16 +19,19 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
 COUNT_CHUNK = 1 << 19  # elements: larger, as each chunk's counts take time to add
-SMALL = 1 << 15  # elements: so few that selecting is faster than counting
+SMALL = 1 << 15  # elements: so few that selecting is faster than anything else
+SAMPLE = 1 << 16  # elements that tell about where the k-th largest lies
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
 DOT_BLOCK = 1 << 14  # elements: so few that torch sums them on one thread, always in one order
 PARALLEL_THRESHOLD = 0.9995  # |cos| above which slerp interpolates linearly
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 
 
 def _work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -40,26 +44,35 @@ def _check_same_shape(tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"expected tensors of one shape, got {shapes}")
 
 
-def _chunk_size(tensor: Tensor) -> int:
+def _chunk_size(count: int, device: torch.device) -> int:
     """Return how many entries to take at once: more with more threads, each with its share."""
-    if tensor.device.type == "cpu":
-        return min(tensor.numel(), CPU_CHUNK * torch.get_num_threads())
-    return min(tensor.numel(), DEVICE_CHUNK)
+    on_cpu = device.type == "cpu"
+    return min(count, CPU_CHUNK * torch.get_num_threads() if on_cpu else DEVICE_CHUNK)
 
 
-def _chunks(tensor: Tensor) -> Iterator[slice]:
-    size = _chunk_size(tensor)
-    return (slice(start, start + size) for start in range(0, tensor.numel(), size or 1))
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size or 1))
 
 
-def _scratch(like: Tensor, work: torch.dtype, count: int) -> list[Tensor]:
-    """Return `count` uninitialised buffers of `like`'s largest chunk."""
-    size = _chunk_size(like)
-    return [torch.empty(size, dtype=work, device=like.device) for _ in range(count)]
+def _scratch(size: int, dtype: torch.dtype, device: torch.device, count: int) -> list[Tensor]:
+    return [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+
+
+def _load(buffer: Tensor, values: Tensor) -> Tensor:
+    """Copy values into a buffer; to another device in their own dtype, to be cast there."""
+    return buffer.copy_(values.to(buffer.device))
+
+
+def _store(out: Tensor, values: Tensor) -> None:
+    """Copy values out of a buffer; to another device in the dtype of the output."""
+    out.copy_(values if out.device == values.device else values.to(out.dtype))
 
 
 def _weighted_sum(
-    tensors: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> Tensor:
     """Return the sum of weights[i] * tensors[i], summed in float64.
 
@@ -67,16 +80,15 @@ def _weighted_sum(
     even a bfloat16 result; float64 costs no more time than the tricks that avoid it.
     """
     flat = [t.reshape(-1) for t in tensors]
-    out = torch.empty(flat[0].numel(), dtype=dtype or tensors[0].dtype, device=flat[0].device)
-    scratch = _scratch(out, torch.float64, 2)
-    for chunk in _chunks(out):
-        total, term = (s[: out[chunk].numel()] for s in scratch)
-        for i, (tensor, weight) in enumerate(zip(flat, weights, strict=True)):
-            if i == 0:
-                total.copy_(tensor[chunk]).mul_(weight)
-            else:
-                total.add_(term.copy_(tensor[chunk]).mul_(weight))
-        out[chunk].copy_(total)
+    out = torch.empty_like(flat[0], dtype=dtype or tensors[0].dtype)
+    size = _chunk_size(out.numel(), device)
+    scratch = _scratch(size, torch.float64, device, 2)
+    for chunk in _chunks(out.numel(), size):
+        total, term = (s[: chunk.stop - chunk.start] for s in scratch)
+        _load(total, flat[0][chunk]).mul_(weights[0])
+        for tensor, weight in zip(flat[1:], weights[1:], strict=True):
+            total.add_(_load(term, tensor[chunk]).mul_(weight))
+        _store(out[chunk], total)
     return out.view(tensors[0].shape)
 
 
@@ -86,6 +98,7 @@ def linear(
     *,
     normalize: bool = True,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Average the tensors: sum_i w_i * theta_i, over sum_i w_i when normalising (arXiv 2203.05482).
 
@@ -96,7 +109,7 @@ def linear(
     if normalize:
         total = check_normalizable(weights)
         weights = [w / total for w in weights]
-    return _weighted_sum(tensors, weights, dtype)
+    return _weighted_sum(tensors, weights, dtype, device or tensors[0].device)
 
 
 def check_normalizable(weights: Sequence[float]) -> float:
@@ -107,29 +120,34 @@ def check_normalizable(weights: Sequence[float]) -> float:
     return total
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
+def _cosine(a: Tensor, b: Tensor, device: torch.device) -> float:
     """Return the cosine of two flat tensors, 0 if a norm is zero; float64 sums of fixed blocks."""
     if a.numel() == 0:
         return 0.0
-    blocks = -(-_chunk_size(a) // DOT_BLOCK)
-    chunk_a, chunk_b, product = (
-        torch.empty(blocks * DOT_BLOCK, dtype=torch.float64, device=a.device) for _ in range(3)
-    )
-    sums: list[list[float]] = [[], [], []]
-    for start in range(0, a.numel(), len(product)):
-        n = min(len(product), a.numel() - start)
-        for chunk, tensor in ((chunk_a, a), (chunk_b, b)):
-            chunk[:n].copy_(tensor[start : start + n])
-            chunk[n:].zero_()
-        pairs = ((chunk_a, chunk_a), (chunk_a, chunk_b), (chunk_b, chunk_b))
-        for total, (x, y) in zip(sums, pairs, strict=True):
-            total += torch.mul(x, y, out=product).view(blocks, DOT_BLOCK).sum(1).tolist()
-    aa, ab, bb = map(math.fsum, sums)
+    blocks = -(-_chunk_size(a.numel(), device) // DOT_BLOCK)
+    size = blocks * DOT_BLOCK
+    chunk_a, chunk_b, product = _scratch(size, torch.float64, device, 3)
+    pairs = ((chunk_a, chunk_a), (chunk_a, chunk_b), (chunk_b, chunk_b))
+    sums = []
+    for chunk in _chunks(a.numel(), size):
+        n = chunk.stop - chunk.start
+        for buffer, tensor in ((chunk_a, a), (chunk_b, b)):
+            _load(buffer[:n], tensor[chunk])
+            buffer[n:].zero_()
+        sums += [torch.mul(x, y, out=product).view(blocks, DOT_BLOCK).sum(1) for x, y in pairs]
+    aa, ab, bb = (math.fsum(torch.cat(sums[i::3]).tolist()) for i in range(3))
     norms = math.sqrt(aa) * math.sqrt(bb)
     return ab / norms if norms != 0 else 0.0
 
 
-def slerp(a: Tensor, b: Tensor, t: float, *, dtype: torch.dtype | None = None) -> Tensor:
+def slerp(
+    a: Tensor,
+    b: Tensor,
+    t: float,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Interpolate on the arc from a (t = 0) to b (t = 1), each tensor taken as one long vector.
 
         (sin((1-t) theta) * a + sin(t theta) * b) / sin(theta),   cos(theta) = a.b / (|a| |b|)
@@ -140,7 +158,8 @@ def slerp(a: Tensor, b: Tensor, t: float, *, dtype: torch.dtype | None = None) -
     if not 0 <= t <= 1:
         raise ValueError(f"slerp needs t in [0, 1], got {t}")
     _check_same_shape([a, b])
-    cosine = _cosine(a.reshape(-1), b.reshape(-1))
+    device = device or a.device
+    cosine = _cosine(a.reshape(-1), b.reshape(-1), device)
     if abs(cosine) > PARALLEL_THRESHOLD or cosine == 0 and not (a.any() and b.any()):
         weights = [1 - t, t]
     else:
@@ -149,34 +168,87 @@ def slerp(a: Tensor, b: Tensor, t: float, *, dtype: torch.dtype | None = None) -
             math.sin((1 - t) * theta) / math.sin(theta),
             math.sin(t * theta) / math.sin(theta),
         ]
-    return _weighted_sum([a, b], weights, dtype)
+    return _weighted_sum([a, b], weights, dtype, device)
 
 
-def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int) -> float:
-    """Return the k-th largest |tensor - base|, exactly, of two flat tensors.
+def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int, device: torch.device) -> float:
+    """Return the k-th largest |tensor - base|, exactly, of two flat tensors; NaN is largest."""
+    if base.numel() <= SMALL:
+        magnitudes = _magnitudes(base.to(device), tensor.to(device))
+        return float(magnitudes.kthvalue(base.numel() - k + 1).values)
+    selected = _kth_by_sample(base, tensor, k) if device.type == "cpu" else None
+    return _kth_by_counting(base, tensor, k, device) if selected is None else selected
+
+
+def _magnitudes(base: Tensor, tensor: Tensor) -> Tensor:
+    work = _work_dtype([base, tensor])
+    return (tensor.to(work) - base.to(work)).abs_()
+
+
+def _magnitude_chunks(
+    base: Tensor, tensor: Tensor, size: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield |tensor - base| in chunks, all in one buffer."""
+    delta, other = _scratch(size, _work_dtype([base, tensor]), device, 2)
+    for chunk in _chunks(base.numel(), size):
+        n = chunk.stop - chunk.start
+        yield _load(delta[:n], tensor[chunk]).sub_(_load(other[:n], base[chunk])).abs_()
+
+
+def _kth_by_sample(base: Tensor, tensor: Tensor, k: int) -> float | None:
+    """Find the k-th largest between two values that a sample suggests (Floyd and Rivest 1975).
+
+    Whatever the sample is, what is returned is right: entries above, at and between the two values
+    are counted. None if the k-th is not among them, or if so many are between that selecting among
+    them would take much memory. By numpy, whose comparisons are several times as fast as torch's.
+    """
+    n = base.numel()
+    step = n // SAMPLE | 1  # odd, so as not to stay in a few columns of a matrix
+    sample = np.sort(_magnitudes(base[::step], tensor[::step]).numpy())[::-1]
+    place = k / n * len(sample)
+    margin = 4 * math.sqrt(place * (1 - place / len(sample))) + 1
+    first, last = math.floor(place - margin), math.ceil(place + margin)
+    high = sample[first] if first >= 0 else np.inf
+    low = sample[last] if last < len(sample) else -1
+    size = min(n, CPU_CHUNK)
+    masks = np.empty((4, size), dtype=bool)  # which entries are < high, <= high, < low, <= low
+    below = [0, 0, 0, 0]  # how many
+    between: list[np.ndarray] = []
+    for chunk in _magnitude_chunks(base, tensor, size, base.device):
+        inside = masks[:, : len(chunk)]
+        for i, pivot in enumerate((high, high, low, low)):
+            compare = np.less_equal if i % 2 else np.less
+            below[i] += int(np.count_nonzero(compare(chunk.numpy(), pivot, out=inside[i])))
+        between.append(chunk.numpy()[np.greater(inside[0], inside[3], out=inside[0])])
+        if below[0] - below[3] > n // 16:
+            return None
+    from_high, above_high, from_low, above_low = (n - count for count in below)
+    if above_high < k <= from_high:
+        return float(high)
+    if from_high < k <= above_low:
+        rest = np.concatenate(between)
+        place = len(rest) - (k - from_high)
+        return float(np.partition(rest, place)[place])
+    return float(low) if above_low < k <= from_low else None
+
+
+def _kth_by_counting(base: Tensor, tensor: Tensor, k: int, device: torch.device) -> float:
+    """Find the k-th largest by its digits.
 
     The bits of a float that is not negative are ordered like its value, so the answer is found 16
     bits at a time: count how often each value of the upper bits occurs, see in which the k-th
     largest lies, and go on with the next bits of the entries that share them.
     """
     work = _work_dtype([base, tensor])
-    if base.numel() <= SMALL:
-        magnitudes = (tensor.to(work) - base.to(work)).abs_()
-        return float(magnitudes.kthvalue(base.numel() - k + 1).values)
-    bits_dtype, width = (torch.int64, 64) if work == torch.float64 else (torch.int32, 32)
-    size = min(base.numel(), COUNT_CHUNK if base.device.type == "cpu" else DEVICE_CHUNK)
-    delta, other = (torch.empty(size, dtype=work, device=base.device) for _ in range(2))
+    width = 8 * work.itemsize
+    size = min(base.numel(), COUNT_CHUNK if device.type == "cpu" else DEVICE_CHUNK)
     prefix = 0
     for shift in range(width - 16, -1, -16):
         # Digits are counted from 1, and all that is below or above them as 0 and DIGITS + 1.
-        counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=base.device)
-        for start in range(0, base.numel(), size):
-            chunk = slice(start, start + size)
-            n = base[chunk].numel()
-            delta[:n].copy_(tensor[chunk]).sub_(other[:n].copy_(base[chunk])).abs_()
-            digits = delta[:n].view(bits_dtype).bitwise_right_shift_(shift)
-            digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1)
-            counts += torch.bincount(digits, minlength=DIGITS + 2)
+        counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=device)
+        for chunk in _magnitude_chunks(base, tensor, size, device):
+            digits = chunk.view(BITS[work]).bitwise_right_shift_(shift)
+            _count(counts, digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1))
         at_least = counts[1:-1].flip(0).cumsum(0)  # entries with this digit, from the top, or above
         place = int(torch.searchsorted(at_least, k))
         k -= int(at_least[place - 1]) if place else 0
@@ -185,12 +257,21 @@ def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int) -> float:
     return float(struct.unpack(code, prefix.to_bytes(width // 8, "little"))[0])
 
 
-def _trim_threshold(base: Tensor, tensor: Tensor, density: float) -> float:
+def _count(counts: Tensor, digits: Tensor) -> None:
+    """Add to counts[d] how often d occurs."""
+    if counts.device.type == "cpu":
+        counts += torch.bincount(digits, minlength=len(counts))
+    else:  # where bincount would wait for the device to learn the largest digit
+        counts.index_add_(0, digits, counts.new_ones(1).expand(len(digits)))
+
+
+def _trim_threshold(base: Tensor, tensor: Tensor, density: float, device: torch.device) -> float:
     """Return the largest float below the k-th largest |delta|, k = max(1, floor(density * n))."""
     k = max(1, math.floor(density * base.numel()))
     if k >= base.numel():
         return 0.0
-    kth = torch.tensor(_kth_largest_magnitude(base, tensor, k), dtype=_work_dtype([base, tensor]))
+    largest = _kth_largest_magnitude(base, tensor, k, device)
+    kth = torch.tensor(largest, dtype=_work_dtype([base, tensor]))
     return float(torch.nextafter(kth, torch.zeros_like(kth)))
 
 
@@ -203,6 +284,7 @@ def ties(
     normalize: bool = True,
     naive_count: bool = False,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Merge what each tensor changed of the base, by TIES (arXiv 2306.01708, section 4).
 
@@ -224,38 +306,45 @@ def ties(
     if normalize and any(w < 0 for w in weights):
         raise ValueError(f"ties with negative weights {list(weights)} cannot be normalised")
     work = _work_dtype([base, *tensors])
+    device = device or base.device
     flat_base = base.reshape(-1)
     flat = [t.reshape(-1) for t in tensors]
-    thresholds = [_trim_threshold(flat_base, t, d) for t, d in zip(flat, densities, strict=True)]
-    out = torch.empty(base.numel(), dtype=dtype or base.dtype, device=base.device)
-    scratch = _scratch(out, work, 5 + len(tensors))
-    ballots = _scratch(out, torch.float64, 2)  # float32 rounding could turn a tie into a vote
-    for chunk in _chunks(out):
-        origin, elected, term, merged, weight_sum, *deltas = (
-            s[: out[chunk].numel()] for s in scratch
-        )
-        votes, ballot = (s[: out[chunk].numel()] for s in ballots)
-        origin.copy_(flat_base[chunk])
-        votes.zero_()
-        for delta, tensor, weight, threshold in zip(deltas, flat, weights, thresholds, strict=True):
-            delta.copy_(tensor[chunk]).sub_(origin)
-            torch.hardshrink(delta, threshold, out=delta)
-            ballot.copy_(delta).mul_(weight)
-            if naive_count:  # NaN, for an infinity, has no sign and stays NaN
-                ballot.copy_(torch.sign(ballot) + ballot * 0)
-            votes.add_(ballot)
-            delta.mul_(weight)
-        elected.copy_(
-            torch.where(votes.isnan(), votes, votes >= 0) if naive_count else votes.ge_(0)
-        )
-        elected.mul_(2).sub_(1)
-        merged.zero_()
-        weight_sum.zero_()
-        for delta, weight in zip(deltas, weights, strict=True):
-            agreeing = delta.mul_(elected).relu_()
-            merged.add_(agreeing)
-            weight_sum.add_(torch.sign(agreeing, out=term).mul_(weight))
+    thresholds = [
+        _trim_threshold(flat_base, t, d, device) for t, d in zip(flat, densities, strict=True)
+    ]
+    smallest = max(min((w for w in weights if w > 0), default=1.0), torch.finfo(work).tiny)
+    out = torch.empty_like(flat_base, dtype=dtype or base.dtype)
+    size = _chunk_size(out.numel(), device)
+    scratch = _scratch(size, work, device, 4 + len(tensors))
+    ballots = _scratch(size, torch.float64, device, 2)  # float32 could turn a tie into a vote
+    for chunk in _chunks(out.numel(), size):
+        n = chunk.stop - chunk.start
+        origin, elected, weight_sum, term, *deltas = (s[:n] for s in scratch)
+        votes, ballot = (s[:n] for s in ballots)
+        _load(origin, flat_base[chunk])
+        for i, delta in enumerate(deltas):
+            _load(delta, flat[i][chunk]).sub_(origin)
+            torch.hardshrink(delta, thresholds[i], out=delta)
+            vote = (ballot if i else votes).copy_(delta).mul_(weights[i])
+            if naive_count:
+                vote.copy_(torch.sign(vote) + vote * 0)  # an infinity has no vote, and becomes NaN
+            if i:
+                votes.add_(ballot)
+            delta.mul_(weights[i])
+        sign_bits = elected.copy_(votes).view(BITS[work]).bitwise_and_(torch.iinfo(BITS[work]).min)
+        for i, delta in enumerate(deltas):
+            delta.view(BITS[work]).bitwise_xor_(sign_bits)
+            torch.sign(delta.relu_(), out=term)
+            if i:
+                weight_sum.add_(term.mul_(weights[i]))
+                deltas[0].add_(delta)
+            else:
+                torch.mul(term, weights[0], out=weight_sum)
+        merged = deltas[0]
         if normalize:
-            merged.div_(weight_sum.add_(torch.eq(weight_sum, 0, out=term)))
-        out[chunk].copy_(merged.mul_(elected).add_(origin))
+            merged.div_(weight_sum.clamp_min_(smallest))  # where none agrees, 0 by anything
+        merged.view(BITS[work]).bitwise_xor_(sign_bits)
+        if naive_count:
+            merged.add_(votes.mul_(0))
+        _store(out[chunk], merged.add_(origin))
     return out.view(base.shape)

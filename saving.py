@@ -40,7 +40,7 @@ class Recipe:
     sources: tuple[Source, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    combine: Callable[[list[Tensor]], Tensor] | None = None
+    combine: Callable[[list[Tensor], torch.device], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,17 +86,21 @@ def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dt
 def _make(name: str, recipe: Recipe, device: torch.device) -> Tensor:
     """Read the sources of a recipe and combine them on the device. Returns a CPU tensor."""
     tensors = [source.read() for source in recipe.sources]
-    try:
-        result = _combine(recipe, [tensor.to(device) for tensor in tensors])
-    except torch.OutOfMemoryError:  # of an accelerator; its own memory can hold less than a tensor
-        result = _combine(recipe, tensors)
+    result = _combine(recipe, tensors, device)
     if not _is_finite(result):
         raise ValueError(_blame(name, recipe, tensors))
     return result.to("cpu").contiguous()
 
 
-def _combine(recipe: Recipe, tensors: list[Tensor]) -> Tensor:
-    return recipe.combine(tensors) if recipe.combine else tensors[0].to(recipe.dtype)
+def _combine(recipe: Recipe, tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Combine CPU tensors on a device: as a whole, or in chunks where its memory is too small."""
+    if recipe.combine is None:
+        return tensors[0].to(recipe.dtype)
+    try:
+        return recipe.combine([tensor.to(device) for tensor in tensors], device)
+    except torch.OutOfMemoryError:  # which only accelerators raise
+        pass  # and free what was tried, before trying again
+    return recipe.combine(tensors, device)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -299,6 +299,46 @@ def test_ties_keeps_exactly_the_largest(
     assert torch.equal(ties(base, [model], [1], [density]), expected)
 
 
+def awkward_deltas(kind: str, count: int) -> Tensor:
+    values = randoms(1, (count,), torch.float32)[0]
+    if kind == "quantised":  # as fine-tunes in bfloat16 are: few values, each of them often
+        return (values * 4).round()
+    if kind == "sparse":
+        return values * (values.abs() > 1.5)
+    if kind == "one value":
+        return torch.full((count,), 0.25)
+    if kind == "misleading":  # what a sample of every third entry sees is not what there is
+        return values.abs() + 10.0 * (torch.arange(count) % 3 != 0)
+    if kind == "non-finite":
+        return torch.where(values > 1, math.inf, torch.where(values < -2, math.nan, values))
+    return values
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "quantised", "sparse", "one value", "misleading", "non-finite"]
+)
+@pytest.mark.parametrize("density", [1e-9, 0.001, 0.2, 0.5, 0.999])
+def test_every_way_finds_the_kth_largest(
+    kind: str, density: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_methods, "SMALL", 0)
+    monkeypatch.setattr(merge_methods, "CPU_CHUNK", 7001)
+    monkeypatch.setattr(merge_methods, "SAMPLE", 14_000)  # of 40,000 entries: every third
+    model = awkward_deltas(kind, 40_000)
+    base = torch.zeros_like(model)
+    k = max(1, math.floor(density * len(model)))
+    expected = float(model.abs().sort(descending=True).values[k - 1])
+    counted = merge_methods._kth_by_counting(base.to(device), model.to(device), k, device)
+    streamed = merge_methods._kth_by_counting(base, model, k, device)
+    sampled = merge_methods._kth_by_sample(base, model, k)
+    found = {repr(counted), repr(streamed), repr(sampled)}
+    assert found <= {repr(expected), "None"}
+    if kind in ("normal", "quantised", "one value"):
+        assert repr(sampled) == repr(expected)
+    if kind == "misleading" and density == 0.2:
+        assert sampled is None
+
+
 def test_ties_with_density_one_and_one_model_is_that_model() -> None:
     base = randoms(1, (1000,), torch.bfloat16)[0]
     model = finetunes(base, 1)[0]
@@ -343,14 +383,33 @@ def test_ties_refuses_densities_outside_their_range(density: float) -> None:
 
 # -------------------------------------------------------------------- all methods
 
-METHODS = {
-    "linear": lambda tensors: linear(tensors, [0.6, 0.3, 0.2]),
-    "slerp": lambda tensors: slerp(tensors[0], tensors[1], 0.3),
-    "ties": lambda tensors: ties(tensors[0], tensors[1:], [0.6, 0.3], [0.5, 0.2]),
-    "ties, naive count": lambda tensors: ties(
-        tensors[0], [*tensors[1:], tensors[2]], [0.6, 0.3, 0.3], [0.5, 0.2, 0.2], naive_count=True
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda tensors, **to: linear(tensors, [0.6, 0.3, 0.2], **to),
+    "slerp": lambda tensors, **to: slerp(tensors[0], tensors[1], 0.3, **to),
+    "ties": lambda tensors, **to: ties(tensors[0], tensors[1:], [0.6, 0.3], [0.5, 0.2], **to),
+    "ties, naive count": lambda tensors, **to: ties(
+        tensors[0],
+        [*tensors[1:], tensors[2]],
+        [0.6, 0.3, 0.3],
+        [0.5, 0.2, 0.2],
+        naive_count=True,
+        **to,
     ),
 }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_streaming_to_a_device_gives_the_same_as_moving_there(
+    method: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = randoms(3, (250_007,), dtype)
+    whole = METHODS[method]([t.to(device) for t in tensors])
+    monkeypatch.setattr(merge_methods, "DEVICE_CHUNK", 99_991)
+    monkeypatch.setattr(merge_methods, "CPU_CHUNK", 99_991)
+    streamed = METHODS[method](tensors, device=device)
+    assert streamed.device.type == "cpu"
+    assert torch.equal(streamed, whole.cpu())
 
 
 @pytest.mark.parametrize("method", METHODS)

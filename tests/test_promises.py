@@ -519,3 +519,21 @@ def test_remote_code_runs_only_when_trusted(
     assert (output / "modeling_own.py").read_bytes() == (own / "modeling_own.py").read_bytes()
     expected = stored(own)
     assert all(torch.equal(t, expected[n]) for n, t in stored(output).items())
+
+
+def test_what_does_not_fit_a_device_is_computed_there_in_chunks() -> None:
+    """An accelerator's memory may hold less than the tensors of one merge."""
+    tensors = [torch.ones(3), torch.full((3,), 2.0)]
+    calls = []
+
+    def combine(moved: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        calls.append(([t.device.type for t in moved], device.type))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return moved[0] + moved[1]
+
+    recipe = saving.Recipe("merged", (), (3,), torch.float32, combine)
+    # The meta device stands for one with too little memory: what went there has no values.
+    result = saving._combine(recipe, tensors, torch.device("meta"))
+    assert result.tolist() == [3.0, 3.0, 3.0]
+    assert calls == [(["meta", "meta"], "meta"), (["cpu", "cpu"], "meta")]
