@@ -190,6 +190,25 @@ def embedding_name(model: PreTrainedModel, stored: Iterable[str]) -> str | None:
     return next((n for n, module in module_names(model, stored).items() if module == wanted), None)
 
 
+def before_layers(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
+    """Return the stored tensors of modules before the layers: embeddings and what goes with them.
+
+    To be asked of tensors outside the layers; the others come after them, as norm and head do.
+    """
+    _, head = _embeddings(model)
+    modules = dict(model.named_modules())
+
+    def is_before(module: str) -> bool:
+        if head is not None and modules.get(module) is head:
+            return False
+        if isinstance(modules.get(module), nn.Embedding):
+            return True
+        return bool(re.search(r"emb|project_in", module)) and not module.endswith("embedding_norm")
+
+    names = module_names(model, stored)
+    return {name for name, place in names.items() if is_before(place.rpartition(".")[0])}
+
+
 def vocabulary_dims(
     cls: type[PreTrainedModel], config: PretrainedConfig, stored: Iterable[str]
 ) -> dict[str, int]:

@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import cli
 from files import donor_files
 from problems import refuse, some
+from schedules import NUMBERED
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from checkpoints import Checkpoint, Source
     from saving import Plan, Planned, Recipe
 
 TOP_KEYS = ("layer_slices", "embedding_source", "lm_head_source")
 SLICE_KEYS = ("model", "start", "end", "scale")
-NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
 # Config lists that name layers by number, rather than having one entry per layer.
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
 SIZES = ("hidden_size",)  # config values in which all models of a stack must agree
@@ -264,8 +264,8 @@ def plan_stack(
     skeleton, problems = arch.assemble(cls, donor.config, donor.tensors)
     refuse([f"{donor.name}: {problem}" for problem in problems])
     ties = arch.possible_ties(skeleton, donor.tensors)
-    others = [model for model in models.values() if model is not donor]
-    aligned = arch.aligned([donor, *others], skeleton.base_model_prefix, ties)
+    rest = [model for model in models.values() if model is not donor]
+    aligned = arch.aligned([donor, *rest], skeleton.base_model_prefix, ties)
     models = {model.name: model for model in aligned}
     donor, embedding = models[donor.name], models[stack.embedding_source]
     head = models[stack.lm_head_source]
@@ -285,9 +285,10 @@ def plan_stack(
         return Source(head, stored, rows(head, stored, given))
 
     sources: dict[str, tuple[Source, float]] = {}
-    on_embedding_side = _embedding_side(skeleton)
+    others = {*layers[embedding.name].others, *layers[head.name].others}
+    before = arch.before_layers(skeleton, others)
     for name in layers[embedding.name].others:
-        if on_embedding_side(name):
+        if name in before:
             sources[name] = Source(embedding, name), 1.0
     chosen = [(entry, i) for entry in stack.slices for i in range(entry.start, entry.end)]
     for number, (entry, i) in enumerate(chosen):
@@ -295,7 +296,7 @@ def plan_stack(
             output = f"{layers[donor.name].prefix}.{number}.{part}"
             sources[output] = Source(models[entry.model], name), scale_of(entry.scale, part)
     for name in layers[head.name].others:
-        if not on_embedding_side(name) and name not in ties:
+        if name not in before and name not in ties:
             sources[name] = of_head(name), 1.0
     if not all_tied:
         sources |= {name: (of_head(name), 1.0) for name in ties}
@@ -347,26 +348,6 @@ def _recipe(source: "Source", scale: float, dtype: "torch.dtype | None") -> "Rec
 
     how = "scaled" if scaled else "copied"
     return Recipe(how, (source,), source.shape, target, scale_it if scaled else None)
-
-
-def _embedding_side(skeleton: "PreTrainedModel") -> Any:
-    """Return a test of stored names: does the tensor stand before the layers, or after them?"""
-    from torch import nn
-
-    import architecture as arch
-
-    head = skeleton.get_output_embeddings()
-    modules = dict(skeleton.named_modules())
-
-    def test(name: str) -> bool:
-        module, _, _ = arch.module_names(skeleton, [name])[name].rpartition(".")
-        if head is not None and modules.get(module) is head:
-            return False
-        if isinstance(modules.get(module), nn.Embedding):
-            return True
-        return bool(re.search(r"emb|project_in", module)) and not module.endswith("embedding_norm")
-
-    return test
 
 
 def _range_problems(stack: Stack, layers: Mapping[str, Layers]) -> Iterator[str]:
@@ -457,7 +438,7 @@ def table(stack: Stack) -> str:
 
 def work(argv: Sequence[str] | None) -> None:
     started = time.monotonic()
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(cli.joined(argv))
     stack = read_stack(Path(arguments.config))
     cli.say(arguments.quiet and not arguments.dry_run, table(stack))
     problems: list[str] = []

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # torch and transformers take seconds to load; --help does no
     from saving import Planned
 
 LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
+EXIT_STATUS = (
+    "Exit status: 0 success, 2 an error that you can mend, 130 or 143 interrupted (Ctrl-C, SIGTERM)"
+)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -72,6 +75,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="check everything and print the plan, but write nothing",
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def joined(argv: Sequence[str] | None) -> list[str]:
+    """Join options with values that start with a minus, which argparse would take for options."""
+    words: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if re.match(r"-[\d.]", word) and words and words[-1] in ("--weight", "--density"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def model_name(text: str) -> str:

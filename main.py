@@ -7,13 +7,14 @@ python main.py ./output --base-model org/base --merge org/math --weight 0.5 --de
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cli
 from files import donor_files
 from problems import collecting, refuse, some
+from schedules import Schedule, layer_values, matches, parse_values, places
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ class Settings:
     method: str
     base: str | None
     merges: tuple[str, ...]
-    weights: tuple[float, ...]
-    densities: tuple[float, ...] | None
+    weights: tuple[Schedule, ...]  # one a merge; of slerp, the only t
+    densities: tuple[Schedule, ...] | None
     normalize: bool
     naive_count: bool
 
@@ -55,33 +56,45 @@ class Settings:
         with_base = self.base is not None and self.method != "linear"
         return (str(self.base), *self.merges) if with_base else self.merges
 
+    def numbers(self, name: str, place: float) -> "Numbers":
+        """Return the weights and densities for a tensor at a place among the layers."""
+        weights = [weight.at(name, place) for weight in self.weights]
+        if self.method == "linear" and self.normalize:
+            check_normalizable(weights)
+        return Numbers(weights, [density.at(name, place) for density in self.densities or ()])
 
-def combine_linear(settings: Settings, dtype: "torch.dtype") -> "Combine":
+
+class Numbers(NamedTuple):
+    """The weights and densities of one tensor."""
+
+    weights: list[float]
+    densities: list[float]
+
+
+def combine_linear(settings: Settings, numbers: Numbers, dtype: "torch.dtype") -> "Combine":
     from merge_methods import linear
 
     return lambda tensors, device: linear(
-        tensors, settings.weights, normalize=settings.normalize, dtype=dtype, device=device
+        tensors, numbers.weights, normalize=settings.normalize, dtype=dtype, device=device
     )
 
 
-def combine_slerp(settings: Settings, dtype: "torch.dtype") -> "Combine":
+def combine_slerp(settings: Settings, numbers: Numbers, dtype: "torch.dtype") -> "Combine":
     from merge_methods import slerp
 
     return lambda tensors, device: slerp(
-        tensors[0], tensors[1], settings.weights[0], dtype=dtype, device=device
+        tensors[0], tensors[1], numbers.weights[0], dtype=dtype, device=device
     )
 
 
-def combine_ties(settings: Settings, dtype: "torch.dtype") -> "Combine":
+def combine_ties(settings: Settings, numbers: Numbers, dtype: "torch.dtype") -> "Combine":
     from merge_methods import ties
 
-    assert settings.densities is not None
-    densities = settings.densities
     return lambda tensors, device: ties(
         tensors[0],
         tensors[1:],
-        settings.weights,
-        densities,
+        numbers.weights,
+        numbers.densities,
         normalize=settings.normalize,
         naive_count=settings.naive_count,
         dtype=dtype,
@@ -108,12 +121,9 @@ class InOrder(argparse.Action):
         namespace.given = [*namespace.given, (self.dest, values)]
 
 
-def number(text: str) -> float:
-    """Parse an option's finite number."""
-    value = float(text)
-    if not -float("inf") < value < float("inf"):
-        raise ValueError
-    return value
+def numbers(text: str) -> tuple[str | None, tuple[float, ...]]:
+    """Parse an option's number, list of numbers, or either with a filter."""
+    return parse_values(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Merge language models that share an architecture. A model is a local "
         "directory or a Hugging Face Hub id (org/name, or org/name@revision).",
         epilog="--weight and --density are given once for all models (before the first --merge, or "
-        "after the last), or once for each --merge, in the same order.",
+        "after the last), or once for each --merge, in the same order. Each is a number, or a list "
+        "such as 0,0.5,1 that is interpolated from the first layer to the last. "
+        f"{cli.EXIT_STATUS}",
         allow_abbrev=False,
     )
     parser.set_defaults(given=[])
@@ -146,15 +158,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weight",
         metavar="W",
-        type=number,
+        type=numbers,
         action=InOrder,
         help="ties, linear: factor of a model, any number (ties default: "
-        f"{DEFAULT_WEIGHT:g}); slerp: the one t from 0 (base, or first model) to 1 (the other)",
+        f"{DEFAULT_WEIGHT:g}); slerp: the t from 0 (base, or first model) to 1 (the other), and "
+        "as NAME:W another for the tensors with NAME in their name",
     )
     parser.add_argument(
         "--density",
         metavar="D",
-        type=number,
+        type=numbers,
         action=InOrder,
         help="ties: fraction of a model's changes to keep, the largest, in (0, 1] "
         f"(default: {DEFAULT_DENSITY})",
@@ -199,9 +212,9 @@ def paired(given: Sequence[tuple[str, Any]], option: str) -> tuple[Any, ...] | N
         )
     if 0 < order.index(option) < models:
         raise ValueError(
-            f"--{option} {values[0]:g} stands between two of {models} --merge options, so it is "
-            f"unclear whether it is for one model or for all; give --{option} for each --merge, or "
-            "once after the last"
+            f"--{option} {Schedule(values[0][1])} stands between two of {models} --merge options, "
+            f"so it is unclear whether it is for one model or for all; give --{option} for each "
+            "--merge, or once after the last"
         )
     return (values[0],) * models
 
@@ -213,11 +226,12 @@ def settings_from(arguments: argparse.Namespace, problems: list[str]) -> Setting
     """
     method, base, given = arguments.method, arguments.base_model, arguments.given
     merges = tuple(value for name, value in given if name == "merge")
-    weights, densities = None, None
+    weights: tuple[Schedule, ...] | None = None
+    densities: tuple[Schedule, ...] | None = None
     with collecting(problems):
-        weights = paired(given, "weight")
+        weights = (slerp_weight(given),) if method == "slerp" else per_model(given, "weight")
     with collecting(problems):
-        densities = paired(given, "density")
+        densities = per_model(given, "density")
     options = {name for name, _ in given}
 
     if not merges:
@@ -236,32 +250,71 @@ def settings_from(arguments: argparse.Namespace, problems: list[str]) -> Setting
             problems.append("--method ties needs --base-model, the model the others came from")
         problems += [
             f"--density: expected a number in (0, 1], got {density:g}"
-            for density in densities or ()
+            for density in _every_value(densities)
             if not 0 < density <= 1
         ]
-        if normalize and any(weight < 0 for weight in weights or ()):
+        if normalize and any(weight < 0 for weight in _every_value(weights)):
             problems.append("negative weights with ties need --no-normalize")
-    elif weights and normalize:
-        from merge_methods import check_normalizable
-
-        try:
-            check_normalizable(weights)
-        except ValueError as error:
-            problems.append(f"{error}; use --no-normalize or other weights")
+    elif weights and normalize and not any(weight.varies for weight in weights):
+        with collecting(problems):
+            check_normalizable([weight.at("", 0) for weight in weights])
     count = len(merges)
+    default_densities = (Schedule((DEFAULT_DENSITY,)),) * count
     return Settings(
         method=method,
         base=base,
         merges=merges,
-        weights=weights or (DEFAULT_WEIGHT,) * count,
-        densities=(densities or (DEFAULT_DENSITY,) * count) if method == "ties" else None,
+        weights=weights or (Schedule((DEFAULT_WEIGHT,)),) * count,
+        densities=(densities or default_densities) if method == "ties" else None,
         normalize=normalize and method != "slerp",
         naive_count=arguments.naive_count,
     )
 
 
+def check_normalizable(weights: Sequence[float]) -> None:
+    """Refuse weights whose sum is about zero; ValueError says what to do."""
+    from merge_methods import check_normalizable
+
+    try:
+        check_normalizable(weights)
+    except ValueError as error:
+        raise ValueError(f"{error}; use --no-normalize or other weights") from error
+
+
+def per_model(given: Sequence[tuple[str, Any]], option: str) -> tuple[Schedule, ...] | None:
+    """Return what an option says of each --merge; ValueError if it filters names."""
+    pairs = paired(given, option) or ()
+    words = {word for word, _ in pairs if word}
+    if words:
+        raise ValueError(
+            f"--{option} {some(words)}: filters by name are for slerp; expected a number or a list"
+        )
+    return tuple(Schedule(values) for _, values in pairs) or None
+
+
+def slerp_weight(given: Sequence[tuple[str, Any]]) -> Schedule:
+    """Return the one t of slerp, of all its --weight options."""
+    pairs = [value for name, value in given if name == "weight"]
+    if len(pairs) == 1:
+        paired(given, "weight")  # refuses one that seems to belong to one of two models
+    bare = [values for word, values in pairs if word is None]
+    words = [word for word, _ in pairs if word]
+    if pairs and len(bare) != 1:
+        raise ValueError(
+            f"slerp takes one --weight, the t between its two models, besides any with a filter "
+            f"(NAME:W); got {len(bare)}"
+        )
+    if twice := {word for word in words if words.count(word) > 1}:
+        raise ValueError(f"--weight {some(twice)}: given twice; the first would hide the second")
+    return Schedule(bare[0] if bare else (), tuple((w, v) for w, v in pairs if w))
+
+
+def _every_value(schedules: Sequence[Schedule] | None) -> list[float]:
+    return sorted(set().union(*(schedule.every_value() for schedule in schedules or ())))
+
+
 def _slerp_problems(
-    arguments: argparse.Namespace, merges: Sequence[str], weights: Sequence[float] | None
+    arguments: argparse.Namespace, merges: Sequence[str], weights: Sequence[Schedule] | None
 ) -> list[str]:
     problems = []
     models = len(merges) + (arguments.base_model is not None)
@@ -270,11 +323,9 @@ def _slerp_problems(
             f"slerp merges exactly two models, --base-model and one --merge or two --merge; "
             f"got {models}"
         )
-    if len([name for name, _ in arguments.given if name == "weight"]) > 1:
-        problems.append("slerp takes one --weight, the t between its two models")
     problems += [
         f"--weight: slerp needs t in [0, 1], got {t:g}"
-        for t in sorted(set(weights or ()))
+        for t in _every_value(weights)
         if not 0 <= t <= 1
     ]
     if arguments.normalize is not None:
@@ -287,22 +338,21 @@ def table(settings: Settings) -> str:
     rows = [("model", "weight", "density")]
     if settings.method == "slerp":
         t = settings.weights[0]
-        rows += list(zip(settings.operands, (f"{1 - t:g}", f"{t:g}"), ("", ""), strict=True))
+        shares = ("1 - t", f"t = {t}") if t.varies else (f"{1 - t.values[0]:g}", str(t))
+        rows += list(zip(settings.operands, shares, ("", ""), strict=True))
     else:
         if settings.base is not None:
             role = "base" if settings.method == "ties" else "donor only"
             rows.append((settings.base, role, ""))
         densities = settings.densities or ("",) * len(settings.merges)
         rows += [
-            (model, f"{weight:g}", str(density))
+            (model, str(weight), str(density))
             for model, weight, density in zip(
                 settings.merges, settings.weights, densities, strict=True
             )
         ]
-    width = max(len(row[0]) for row in rows)
-    lines = [
-        f"{model:<{width}}  {weight:<10}  {density}".rstrip() for model, weight, density in rows
-    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     flags = [settings.method]
     if settings.method != "slerp":
         flags.append("normalized" if settings.normalize else "not normalized")
@@ -317,7 +367,7 @@ def table(settings: Settings) -> str:
 def plan_merge(
     donor: "Checkpoint",
     models: "Sequence[Checkpoint]",
-    combine: "Callable[[torch.dtype], Combine]",
+    settings: Settings,
     *,
     dtype: "torch.dtype | None" = None,
     trust_remote_code: bool = False,
@@ -328,7 +378,7 @@ def plan_merge(
     missing, extra or of another shape.
     """
     import architecture as arch
-    from checkpoints import FLOAT_DTYPES, Source
+    from checkpoints import FLOAT_DTYPES, Source, text_config
     from saving import Planned, Recipe, output_dtype
 
     cls = arch.model_class(donor.config, donor.path, trust_remote_code)
@@ -353,13 +403,22 @@ def plan_merge(
         given = Source(donor, ties[name] if name in tied[donor] else name)
         return Source(model, stored, rows(model, stored, given))
 
+    depth = int(getattr(text_config(donor.config), "num_hidden_layers", 0) or 0)
+    beyond = int(getattr(text_config(donor.config), "num_nextn_predict_layers", 0) or 0)
+    place = places(names, arch.before_layers(skeleton, names), depth, beyond)
+    problems += unused_filters(settings, names)
+    notes += layer_notes(settings, place)
     plan: Plan = {}
     for name in names:
         info = source(donor, name).info
         target = output_dtype(info.dtype, dtype)
         if info.dtype in FLOAT_DTYPES:
             sources = tuple(source(model, name) for model in models)
-            plan[name] = Recipe("merged", sources, info.shape, target, combine(target))
+            numbers = Numbers([], [])
+            with collecting(problems):
+                numbers = settings.numbers(name, place[name])
+            combine = METHODS[settings.method](settings, numbers, target)
+            plan[name] = Recipe("merged", sources, info.shape, target, combine)
         else:
             plan[name] = Recipe("copied", (Source(donor, name),), info.shape, target)
     for model in dict.fromkeys(models):
@@ -371,6 +430,33 @@ def plan_merge(
     model, problems = arch.assemble(cls, config, plan)
     refuse(problems)
     return Planned(donor.name, plan, model, tuple(sorted(ignored)), tuple(notes))
+
+
+def unused_filters(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Return the filters that match no tensor, or none that an earlier one leaves."""
+    components = {part for name in names for part in name.split(".") if not part.isdigit()}
+    problems = []
+    rest = list(names)
+    for word, _ in settings.weights[0].filters:
+        if not any(matches(word, name) for name in rest):
+            problems.append(
+                f"--weight {word}: matches no tensor that is left to it; "
+                f"names have {some(components - {'weight', 'bias'}, 20)}"
+            )
+        rest = [name for name in rest if not matches(word, name)]
+    return problems
+
+
+def layer_notes(settings: Settings, place: Mapping[str, float]) -> list[str]:
+    """Return lines with the numbers at each place, from the first layer to the last."""
+    lines = []
+    merges = settings.merges if settings.method != "slerp" else ("t",)
+    for option, schedules in (("weight", settings.weights), ("density", settings.densities or ())):
+        for model, schedule in zip(merges, schedules, strict=False):
+            if schedule.varies:
+                of = "" if model == "t" else f" of {model}"
+                lines += [f"{option}{of}, {line}" for line in layer_values(schedule, place)]
+    return lines
 
 
 def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
@@ -404,7 +490,7 @@ def compare(model: "Checkpoint", plan: "Plan", optional: set[str]) -> list[str]:
 
 def work(argv: Sequence[str] | None) -> None:
     started = time.monotonic()
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(cli.joined(argv))
     problems: list[str] = []
     settings = settings_from(arguments, problems)
     if not problems:
@@ -416,7 +502,7 @@ def work(argv: Sequence[str] | None) -> None:
         return plan_merge(
             donor,
             [models[name] for name in settings.operands],
-            lambda target: METHODS[settings.method](settings, target),
+            settings,
             dtype=cli.chosen_dtype(arguments.dtype),
             trust_remote_code=arguments.trust_remote_code,
         )

@@ -29,7 +29,7 @@ SMALL = 1 << 15  # elements: so few that selecting is faster than anything else
 SAMPLE = 1 << 16  # elements that tell about where the k-th largest lies
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
-DOT_BLOCK = 1 << 14  # elements: so few that torch sums them on one thread, always in one order
+DOT_BLOCK = 1 << 12  # elements: so few that torch sums them on one thread, always in one order
 PARALLEL_THRESHOLD = 0.9995  # |cos| above which slerp interpolates linearly
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 
@@ -121,14 +121,30 @@ def check_normalizable(weights: Sequence[float]) -> float:
 
 
 def _cosine(a: Tensor, b: Tensor, device: torch.device) -> float:
-    """Return the cosine of two flat tensors, 0 if a norm is zero; float64 sums of fixed blocks."""
-    if a.numel() == 0:
-        return 0.0
-    blocks = -(-_chunk_size(a.numel(), device) // DOT_BLOCK)
+    """Return the cosine of two flat tensors, 0 if a norm is zero.
+
+    Products of 16-bit floats are exact in float32, and its sums of small blocks good enough; other
+    inputs, and those whose squares leave its range, take float64.
+    """
+    dots = 0.0, 0.0, 0.0
+    if all(t.dtype in (torch.bfloat16, torch.float16) for t in (a, b)):
+        dots = _dots(a, b, torch.float32, device)
+    if not (1e-20 < min(dots[0], dots[2]) and max(dots[0], dots[2]) < 1e38):
+        dots = _dots(a, b, torch.float64, device)
+    aa, ab, bb = dots
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    return ab / norms if norms != 0 else 0.0
+
+
+def _dots(
+    a: Tensor, b: Tensor, work: torch.dtype, device: torch.device
+) -> tuple[float, float, float]:
+    """Return a.a, a.b and b.b: products and sums of blocks in `work`, the sum of those exact."""
+    blocks = max(1, -(-_chunk_size(a.numel(), device) // DOT_BLOCK))
     size = blocks * DOT_BLOCK
-    chunk_a, chunk_b, product = _scratch(size, torch.float64, device, 3)
+    chunk_a, chunk_b, product = _scratch(size, work, device, 3)
     pairs = ((chunk_a, chunk_a), (chunk_a, chunk_b), (chunk_b, chunk_b))
-    sums = []
+    sums = [torch.zeros(1, dtype=work, device=device)] * 3
     for chunk in _chunks(a.numel(), size):
         n = chunk.stop - chunk.start
         for buffer, tensor in ((chunk_a, a), (chunk_b, b)):
@@ -136,8 +152,7 @@ def _cosine(a: Tensor, b: Tensor, device: torch.device) -> float:
             buffer[n:].zero_()
         sums += [torch.mul(x, y, out=product).view(blocks, DOT_BLOCK).sum(1) for x, y in pairs]
     aa, ab, bb = (math.fsum(torch.cat(sums[i::3]).tolist()) for i in range(3))
-    norms = math.sqrt(aa) * math.sqrt(bb)
-    return ab / norms if norms != 0 else 0.0
+    return aa, ab, bb
 
 
 def slerp(

@@ -13,6 +13,7 @@ from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
 import problems
+from schedules import Schedule
 
 ROOT = Path(main.__file__).parent
 
@@ -49,7 +50,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ],
 )
 def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
-    assert settings("--base-model", "base", *arguments.split()).weights == weights
+    found = settings("--base-model", "base", *arguments.split()).weights
+    assert found == tuple(Schedule((weight,)) for weight in weights)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,15 @@ def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
         ("--method slerp --merge a --weight 1.5", r"t in \[0, 1\], got 1.5"),
         ("--method slerp --merge a --weight 0.5 --normalize", "not for slerp"),
         ("--method slerp --merge a --weight 0.5 --no-normalize", "not for slerp"),
+        ("--method slerp --merge a --weight 0,1,1.5", r"t in \[0, 1\], got 1.5"),
+        ("--method slerp --merge a --weight mlp:0,2 --weight 0.5", r"t in \[0, 1\], got 2"),
+        ("--method slerp --merge a --weight mlp:0.5", "one --weight.*got 0"),
+        ("--method slerp --merge a --weight 1 --weight mlp:1 --weight mlp:0", "mlp: given twice"),
+        ("--merge a --weight mlp:0.5", "filters by name are for slerp"),
+        ("--merge a --density mlp:0.5", "filters by name are for slerp"),
+        ("--merge a --density 0.5,0", r"\(0, 1\], got 0"),
+        ("--merge a --weight 1,-1", "--no-normalize"),
+        ("--merge a --merge b --weight 0,1 --merge c", "--weight 0,1 stands between"),
     ],
 )
 def test_bad_settings_are_refused(arguments: str, message: str) -> None:
