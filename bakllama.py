@@ -452,12 +452,21 @@ def work(argv: Sequence[str] | None) -> None:
             trust_remote_code=arguments.trust_remote_code,
         )
 
+    def card(title: str, planned: "Planned") -> str:
+        from cards import Method, model_card
+
+        method = Method("layer stack", "layers of the models below, in this order", "")
+        text = Path(arguments.config).read_text(encoding="utf-8").strip()
+        resolved = "\n".join([table(stack), *planned.notes])
+        made_by = [cli.command("bakllama.py", argv), f"```yaml\n{text}\n```"]
+        return model_card(title, models.values(), method, resolved, made_by)
+
     donor, embedding = models[stack.slices[0].model], models[stack.embedding_source]
     copied = donor_files(donor.path, embedding.path)
     copied.pop("generation_config.json", None)  # it speaks of token ids
     if (embedding.path / "generation_config.json").is_file():
         copied["generation_config.json"] = embedding.path / "generation_config.json"
-    cli.write(arguments, plan, copied, problems, started)
+    cli.write(arguments, plan, card, copied, problems, started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

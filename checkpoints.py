@@ -3,7 +3,7 @@
 Values are memory-mapped: they are read from the disk when they are used, and never changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,9 @@ SAFETENSORS_DTYPES = {  # in the order in which a file has them
 }  # fmt: skip
 
 
+Change = Callable[[Tensor], Tensor]
+
+
 class TensorInfo(NamedTuple):
     """What a file's header says of a tensor, and where its bytes are."""
 
@@ -54,13 +57,20 @@ class Checkpoint:
     path: Path
     config: PretrainedConfig
     tensors: Mapping[str, TensorInfo]
-    readers: dict[Path, Any] = field(repr=False)  # file -> open safetensors file, or .bin's tensors
+    readers: Mapping[Path, Callable[[str], Tensor]] = field(repr=False)  # by file, then key
+    changes: Mapping[TensorInfo, tuple[Change, ...]] = field(default_factory=dict, repr=False)
+    adapter: Path | None = None  # the folder of the adapter that brings the changes
+
+    def stored(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, memory-mapped."""
+        info = self.tensors[name]
+        return self.readers[info.file](info.key)
 
     def read(self, name: str) -> Tensor:
-        """Return a stored tensor, memory-mapped."""
-        _, _, file, key = self.tensors[name]
-        reader = self.readers[file]
-        tensor: Tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
+        """Return a tensor as the model has it: as stored, or changed by an adapter."""
+        tensor = self.stored(name)
+        for change in self.changes.get(self.tensors[name], ()):
+            tensor = change(tensor)
         return tensor
 
 
@@ -157,6 +167,13 @@ def _headers(file: Path, reader: Any) -> Iterator[tuple[str, TensorInfo]]:
         yield name, TensorInfo(tuple(view.get_shape()), dtype, file, name)
 
 
+def read_tensors(file: Path) -> tuple[Callable[[str], Tensor], dict[str, TensorInfo]]:
+    """Open a weight file: a reader of tensors by name, and their headers."""
+    opened = _open_weights(file)
+    reader = opened.__getitem__ if isinstance(opened, dict) else opened.get_tensor
+    return reader, dict(_headers(file, opened))
+
+
 def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return a model's config; ValueError if transformers does not understand it."""
     try:
@@ -207,14 +224,14 @@ def open_checkpoint(model: str, folder: Path, config: PretrainedConfig) -> Check
     Raises ValueError with all that is wrong: files missing, truncated, corrupt or not as the index
     says, and tensors that are stored twice or in a dtype that cannot be merged.
     """
-    readers: dict[Path, Any] = {}
+    readers: dict[Path, Callable[[str], Tensor]] = {}
     tensors: dict[str, TensorInfo] = {}
     problems = []
     files, listed = weight_files(folder)
     for file in files:
         try:
-            readers[file] = _open_weights(file)
-            for name, info in _headers(file, readers[file]):
+            readers[file], headers = read_tensors(file)
+            for name, info in headers.items():
                 if name in tensors:
                     other = tensors[name].file.name
                     problems.append(f"{model}: {name} is stored twice, in {other} and {file.name}")

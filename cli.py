@@ -4,12 +4,15 @@ import argparse
 import gc
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to load; --help does no
     from checkpoints import Checkpoint
     from saving import Planned
 
+VERSION = "0.1.0"
 LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
 EXIT_STATUS = (
     "Exit status: 0 success, 2 an error that you can mend, 130 or 143 interrupted (Ctrl-C, SIGTERM)"
@@ -74,7 +78,23 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check everything and print the plan, but write nothing",
     )
-    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    group.add_argument(
+        "--model-card",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a README.md that says what the model was made of (default: --model-card)",
+    )
+    talk = group.add_mutually_exclusive_group()
+    talk.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors, and the output's path"
+    )
+    talk.add_argument(
+        "--verbose", action="store_true", help="print how each tensor is made, and all warnings"
+    )
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
+    group.add_argument(
+        "--version", action="version", version=f"%(prog)s {VERSION} ({', '.join(versions)})"
+    )
 
 
 def joined(argv: Sequence[str] | None) -> list[str]:
@@ -99,6 +119,12 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """Return the command of this run, as a block of shell code."""
+    words = ["python", script, *(sys.argv[1:] if argv is None else argv)]
+    return f"```sh\n{shlex.join(words)}\n```"
 
 
 def available_processors() -> int:
@@ -133,16 +159,22 @@ def open_inputs(
     names = list(dict.fromkeys(names))
     usable = not problems
     folders: dict[str, Path] = {}
-    for name in names:
-        if usable or files.is_local(name):
+    adapters: dict[str, Path] = {}
+    split = {name: files.split_adapter(name) for name in names}
+    for name, (base, adapter) in split.items():
+        if usable or files.is_local(base):
             with collecting(problems):
-                folders[name] = files.find(name, arguments.cache_dir)
+                folders[name] = files.find(base, arguments.cache_dir)
+        if adapter is not None and (usable or files.is_local(adapter)):
+            with collecting(problems):
+                adapters[name] = files.find_adapter(adapter, arguments.cache_dir)
     output = Path(arguments.output)
-    inputs = [*folders.values(), *map(Path, other_inputs)]
+    inputs = [*folders.values(), *adapters.values(), *map(Path, other_inputs)]
     problems += files.output_problems(output, inputs, arguments.overwrite)
     with collecting(problems):
         check_shard_size(arguments.max_shard_size)
-    if not usable or len(folders) < len(names):
+    missing = [n for n in names if n not in folders or (split[n][1] and n not in adapters)]
+    if not usable or missing:
         refuse(problems)
 
     import transformers
@@ -150,8 +182,11 @@ def open_inputs(
     import architecture  # noqa: F401  (with all that planning and saving will import)
     import checkpoints
     import saving  # noqa: F401
+    from adapters import adapted
 
-    transformers.utils.logging.set_verbosity_error()  # its advice is about loading models to run
+    if not arguments.verbose:  # their advice is about loading models to run, which nobody does here
+        transformers.utils.logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     with collecting(problems):
         choose_device(arguments.cuda)
@@ -168,8 +203,11 @@ def open_inputs(
     models = {}
     for name, folder in folders.items():
         with collecting(problems):
-            files.fetch_weights(name, folder, arguments.cache_dir)
+            files.fetch_weights(split[name][0], folder, arguments.cache_dir)
             models[name] = checkpoints.open_checkpoint(name, folder, configs[name])
+            if name in adapters:
+                trust = arguments.trust_remote_code
+                models[name] = adapted(models[name], adapters[name], trust)
     if len(models) < len(names):
         refuse(problems)
     return models
@@ -178,13 +216,15 @@ def open_inputs(
 def write(
     arguments: argparse.Namespace,
     plan: "Callable[[], Planned]",
+    card: "Callable[[str, Planned], str]",
     copied: Mapping[str, Path],
     problems: list[str],
     started: float,
 ) -> None:
     """Plan a model and save it with the common options, or with --dry-run say what would be saved.
 
-    Raises Problems with all that the plan finds, besides those found before.
+    `card` makes its model card, of a title. Raises Problems with all that the plan finds, besides
+    those found before.
     """
     from saving import save
 
@@ -197,8 +237,16 @@ def write(
     extra = sum(path.stat().st_size for path in copied.values())
     refuse(problems + files.space_problems(output, planned.nbytes + extra))
     say(arguments.quiet and not arguments.dry_run, summary(planned, arguments.max_shard_size))
+    if arguments.verbose:
+        say(False, recipes(planned))
     if arguments.dry_run:
         return
+    text = None
+    if arguments.model_card:
+        try:
+            text = card(output.resolve().name, planned)
+        except Exception as error:  # whatever is odd in other cards, the model is worth more
+            say(arguments.quiet, f"warning: no model card could be made: {error}")
     shards = save(
         planned,
         copied,
@@ -206,6 +254,7 @@ def write(
         device=choose_device(arguments.cuda),
         threads=arguments.threads or available_processors(),
         max_shard_size=arguments.max_shard_size,
+        card=text,
         overwrite=arguments.overwrite,
         show_progress=not arguments.quiet and sys.stderr.isatty(),
     )
@@ -214,6 +263,16 @@ def write(
         f"{arguments.output}: {planned.parameters:,} parameters in {shards} "
         f"shard{'s' * (shards != 1)}, {time.monotonic() - started:.1f} s, "
         f"peak memory {gigabytes(peak_memory())}",
+    )
+    print(arguments.output, flush=True)
+
+
+def recipes(planned: "Planned") -> str:
+    """Return how each tensor is made, one a line."""
+    return "\n".join(
+        f"{name} {list(recipe.shape)} {str(recipe.dtype).removeprefix('torch.')}: {recipe.how}, "
+        + ", ".join(f"{source.checkpoint.name} {source.name}" for source in recipe.sources)
+        for name, recipe in planned.plan.items()
     )
 
 
@@ -298,7 +357,8 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     before = {each: signal.signal(each, stop) for each in handled}
     gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
-        work(argv)
+        with warnings.catch_warnings():
+            work(argv)
     except BaseException as error:
         if received:  # the error may be what a library made of the interruption
             for each in handled:

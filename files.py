@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ WEIGHT_FILES = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 WEIGHT_SUFFIXES = "safetensors bin pt pth ckpt gguf ggml onnx onnx_data h5 msgpack ot npz tflite"
 WEIGHT_PATTERNS = [f"*.{suffix}" for suffix in WEIGHT_SUFFIXES.split()]
 # Not the model's: original-format duplicates, training leftovers, and the donor's own model card.
@@ -37,11 +40,34 @@ TOKENIZER_FILES = re.compile(
 NOT_DOWNLOADED = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", "openvino/*"]
 
 
+def split_adapter(model: str) -> tuple[str, str | None]:
+    """Split BASE+ADAPTER. What exists as a whole is a path; a path may have a + of its own."""
+    if "+" not in model or Path(os.path.expanduser(model)).exists():
+        return model, None
+    splits = [(model[:i], model[i + 1 :]) for i, sign in enumerate(model) if sign == "+"]
+    sensible = [
+        pair
+        for pair in splits
+        if all(HUB_ID.match(part) or Path(os.path.expanduser(part)).exists() for part in pair)
+    ]
+    return (sensible or splits)[-1]
+
+
 def is_local(model: str) -> bool:
     """Whether a name is meant as a path: it exists, or no Hub id looks like it."""
     repo = model.partition("@")[0]
     looks_like_path = model.startswith((".", "/", "~")) or "\\" in model or repo.count("/") > 1
     return looks_like_path or Path(model).exists()
+
+
+def hub_origin(model: str, folder: Path) -> tuple[str, str] | None:
+    """Return the Hub id and commit of a model, known by its name or its place in a cache."""
+    snapshot = folder.resolve()
+    cached = snapshot.parent.parent.name
+    if snapshot.parent.name != "snapshots" or not cached.startswith("models--"):
+        return None
+    repo = cached.removeprefix("models--").replace("--", "/")
+    return (repo if is_local(model) else model.partition("@")[0]), snapshot.name
 
 
 def find(model: str, cache_dir: str | None = None) -> Path:
@@ -56,18 +82,18 @@ def find(model: str, cache_dir: str | None = None) -> Path:
         if not folder.is_dir():
             raise ValueError(f"{model}: expected a directory with a model, found a file")
     else:
-        folder = _snapshot(model, cache_dir)
+        folder = _snapshot(model, cache_dir, ignore_patterns=NOT_DOWNLOADED)
     _check_config(model, folder)
     return folder
 
 
-def _snapshot(model: str, cache_dir: str | None) -> Path:
+def _snapshot(model: str, cache_dir: str | None, **patterns: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     repo, _, revision = model.partition("@")
     try:
         snapshot = snapshot_download(
-            repo, revision=revision or None, cache_dir=cache_dir, ignore_patterns=NOT_DOWNLOADED
+            repo, revision=revision or None, cache_dir=cache_dir, **patterns
         )
     except Exception as error:  # network libraries raise errors of many kinds
         where = "in the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "on the Hub"
@@ -76,6 +102,24 @@ def _snapshot(model: str, cache_dir: str | None) -> Path:
             f"{_first_line(error)}"
         ) from error
     return Path(snapshot)
+
+
+def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
+    """Return the folder of a LoRA adapter; of a Hub id, a snapshot of the adapter alone."""
+    folder = Path(os.path.expanduser(adapter))
+    if not is_local(adapter):
+        folder = _snapshot(adapter, cache_dir, allow_patterns=[ADAPTER_CONFIG, *ADAPTER_FILES])
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{adapter}: no {ADAPTER_CONFIG} in {folder}, so it is no adapter")
+    return folder
+
+
+def adapter_weights(model: str, folder: Path) -> Path:
+    """Return the weight file of an adapter."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{model}: no {' or '.join(ADAPTER_FILES)} in {folder}")
 
 
 def fetch_weights(model: str, folder: Path, cache_dir: str | None = None) -> None:
@@ -120,10 +164,10 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
 def _check_config(model: str, folder: Path) -> None:
     """Refuse a folder without a config, an adapter, and a quantised model, by name."""
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise ValueError(
-                f"{model}: a LoRA adapter, not a whole model; merge it into its base model first, "
-                "with peft's merge_and_unload"
+                f"{model}: a LoRA adapter, not a whole model; name it with its base model, as "
+                f"BASE+{model}"
             )
         raise FileNotFoundError(f"{model}: no config.json in {folder}, so it is not a model")
     config = read_json(model, folder / "config.json")

@@ -102,6 +102,18 @@ def combine_ties(settings: Settings, numbers: Numbers, dtype: "torch.dtype") -> 
     )
 
 
+DESCRIPTIONS = {  # for model cards: the equation, and its source
+    "ties": (
+        "θ_base + Σ wₜδₜ / Σ wₜ of the changes δₜ = θₜ - θ_base, each trimmed to its largest, that "
+        "have the elected sign, of Σ wₜδₜ",
+        "[TIES-Merging](https://arxiv.org/abs/2306.01708)",
+    ),
+    "linear": ("Σ wₜθₜ / Σ wₜ", "[Model soups](https://arxiv.org/abs/2203.05482)"),
+    "slerp": (
+        "(sin((1 - t)φ) a + sin(tφ) b) / sin φ, φ being the angle between the tensors a and b",
+        "[Shoemake 1985](https://doi.org/10.1145/325165.325242)",
+    ),
+}
 METHODS = {"ties": combine_ties, "linear": combine_linear, "slerp": combine_slerp}
 
 
@@ -507,8 +519,16 @@ def work(argv: Sequence[str] | None) -> None:
             trust_remote_code=arguments.trust_remote_code,
         )
 
+    def card(title: str, planned: "Planned") -> str:
+        from cards import Method, model_card
+
+        resolved = "\n".join([table(settings), *planned.notes])
+        method = Method(settings.method, *DESCRIPTIONS[settings.method])
+        made_by = [cli.command("main.py", argv)]
+        return model_card(title, models.values(), method, resolved, made_by)
+
     copied = donor_files(donor.path, donor.path if arguments.copy_tokenizer else None)
-    cli.write(arguments, plan, copied, problems, started)
+    cli.write(arguments, plan, card, copied, problems, started)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -126,10 +126,11 @@ def save(
     device: torch.device,
     threads: int,
     max_shard_size: str = "5GB",
+    card: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> int:
-    """Compute and write a planned model and copy other files. Returns the number of shards.
+    """Write a planned model, other files and a model card. Returns the number of shards.
 
     The output appears under its name when all is written and has been read back. Raises OSError
     where it cannot be written, ValueError for values that are not finite.
@@ -150,6 +151,8 @@ def save(
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         _verify(folder, planned)
     return len(shards)
 
@@ -184,7 +187,7 @@ def computed(
             name = waiting.popleft()
             held += plan[name].nbytes
             for source in plan[name].sources:
-                _read_ahead(source.checkpoint.read(source.name))
+                _read_ahead(source.checkpoint.stored(source.name))
             pending.append((name, pool.submit(_make, name, plan[name], device)))
         name, future = pending.popleft()
         yield future.result()

@@ -52,7 +52,7 @@ def inputs(make: Make, tmp_path: Path) -> Iterator[list[str]]:
 def ties(output: Path, inputs: list[str], *options: str) -> list[str]:
     base, a, b = inputs
     merges = ["--merge", a, "--merge", b, "--density", "0.5", "--max-shard-size", "100KB"]
-    return [str(output), "--base-model", base, *merges, "--quiet", *options]
+    return [str(output), "--base-model", base, *merges, "--quiet", "--no-model-card", *options]
 
 
 def call(arguments: list[str], limit: int | None = None) -> None:

@@ -1,0 +1,229 @@
+"""Apply a LoRA adapter to a checkpoint: its tensors change as they are read, nothing is stored.
+
+    W + scale * B A,   scale = alpha / r, or alpha / sqrt(r) with rsLoRA    (arXiv 2106.09685)
+
+rounded once to the dtype of W, as peft's merge_and_unload has it. Tensors that the adapter holds
+whole (modules_to_save, biases) replace the model's.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import architecture as arch
+from checkpoints import Change, Checkpoint, TensorInfo, read_tensors
+from files import ADAPTER_CONFIG, adapter_weights, read_json
+from problems import refuse, some
+
+BLOCK = 1 << 20  # elements of a weight that are changed at a time
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB])(?:\.weight)?$")
+# Settings of peft that change what an adapter's tensors mean.
+UNSUPPORTED = (
+    "use_dora use_qalora lora_bias target_parameters trainable_token_indices layer_replication "
+    "megatron_config alora_invocation_tokens arrow_config monteclora_config velora_config "
+    "use_bdlora"
+).split()
+# Initialisations after which the base is still the one that was published.
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class Factors(NamedTuple):
+    """The two matrices whose product is added to a module's weight."""
+
+    a: str
+    b: str
+    is_embedding: bool
+
+
+def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = False) -> Checkpoint:
+    """Return a checkpoint as a LoRA adapter changes it.
+
+    Raises ValueError for other kinds of adapters, and for tensors that do not fit the checkpoint.
+    """
+    config = read_json(checkpoint.name, folder / ADAPTER_CONFIG)
+    refuse([f"{checkpoint.name}: {problem}" for problem in _unsupported(config)])
+    file = adapter_weights(checkpoint.name, folder)
+    reader, headers = read_tensors(file)
+    factors, whole, problems = _sorted_keys(headers)
+
+    cls = arch.model_class(checkpoint.config, checkpoint.path, trust_remote_code)
+    skeleton, misfits = arch.assemble(cls, checkpoint.config, checkpoint.tensors)
+    refuse([f"{checkpoint.name}: {misfit}" for misfit in misfits])
+    ties = arch.possible_ties(skeleton, checkpoint.tensors)
+    tied = {t: ties[t] for t in arch.tied_names(checkpoint, ties)}
+    names = _Names(skeleton, checkpoint)
+
+    tensors = {n: info for n, info in checkpoint.tensors.items() if n not in tied}
+    replaced: set[str] = set()
+    changes: dict[TensorInfo, tuple[Change, ...]] = {}
+    for key, parameter in whole.items():
+        name = names.stored(parameter)
+        of_base = ".base_layer." in key  # the weight under a LoRA: the head's is the embedding's
+        place = tied.get(name, name) if of_base else name
+        original = checkpoint.tensors.get(tied.get(name, name))
+        if original is None:
+            problems.append(f"the adapter's {key} matches no tensor of the model")
+        elif original.shape != headers[key].shape:
+            problems.append(
+                f"the adapter's {key} is {headers[key].shape}, the model has {original.shape}; "
+                "resize the model's vocabulary first, if that is what the adapter was trained with"
+            )
+        else:
+            tensors[place] = headers[key]._replace(dtype=original.dtype)
+            changes[tensors[place]] = (_cast(original.dtype),)
+            replaced |= set() if of_base else {place}
+    untied = _untie(checkpoint, tensors, tied, replaced, bool(config.get("ensure_weight_tying")))
+    for module, found in factors.items():
+        name = names.stored(f"{module}.weight")
+        place = name if name in tensors else tied.get(name, name)
+        if place not in tensors:
+            problems.append(f"the adapter's {found.a} matches no tensor of the model")
+            continue
+        a, b = reader(found.a), reader(found.b)
+        flipped = found.is_embedding or names.is_flipped(place)
+        shape = (b.shape[0], a.shape[1])[:: -1 if flipped else 1] if a.ndim == b.ndim == 2 else ()
+        if shape != tensors[place].shape or a.shape[0] != b.shape[1]:
+            problems.append(
+                f"the adapter's {found.a} {tuple(a.shape)} and {found.b} {tuple(b.shape)} do not "
+                f"make a change of {place} {tensors[place].shape}"
+            )
+            continue
+        left, right = (a.T, b.T) if flipped else (b, a)
+        change = _add_product(left, right, _scale(config, module, a.shape[0]))
+        changes[tensors[place]] = (*changes.get(tensors[place], ()), change)
+    refuse([f"{checkpoint.name}: {problem}" for problem in problems])
+    return replace(
+        checkpoint,
+        config=arch.changed_config(checkpoint.config, tie_word_embeddings=False)
+        if untied
+        else checkpoint.config,
+        tensors=tensors,
+        changes=changes,
+        adapter=folder,
+        readers={**checkpoint.readers, file: reader},
+    )
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Return what an adapter's config says that cannot be applied."""
+    kind, initialised = config.get("peft_type"), config.get("init_lora_weights")
+    remedy = "merge it into its base with peft's merge_and_unload first"
+    problems = [f"the adapter has {key}; {remedy}" for key in UNSUPPORTED if config.get(key)]
+    if kind != "LORA":
+        problems.append(f"an adapter of type {kind}, expected LORA; {remedy}")
+    if initialised not in INITIALISATIONS:
+        problems.append(
+            f"the adapter was initialised by {initialised}, which changes the base model; {remedy}"
+        )
+    return problems
+
+
+def _sorted_keys(
+    headers: Mapping[str, TensorInfo],
+) -> tuple[dict[str, Factors], dict[str, str], list[str]]:
+    """Sort an adapter's tensors into pairs by module, and whole ones by key: and what is odd."""
+    halves: dict[str, dict[str, str]] = {}
+    whole = {}
+    for key in headers:
+        name = key.removeprefix(PREFIX)
+        if match := FACTOR.match(name):
+            halves.setdefault(match["module"], {})[match["factor"]] = key
+        else:
+            whole[key] = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    factors, problems = {}, []
+    for module, found in halves.items():
+        if found.keys() == {"lora_A", "lora_B"}:
+            factors[module] = Factors(found["lora_A"], found["lora_B"], False)
+        elif found.keys() == {"lora_embedding_A", "lora_embedding_B"}:
+            factors[module] = Factors(found["lora_embedding_A"], found["lora_embedding_B"], True)
+        else:
+            problems.append(
+                f"expected two factors of {module} in the adapter, found {some(found.values())}"
+            )
+    if not headers:
+        problems.append("the adapter holds no tensors")
+    return factors, whole, problems
+
+
+class _Names:
+    """Find stored tensors by the names that they have as parameters, as adapters call them."""
+
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self._parameters = arch.module_names(skeleton, checkpoint.tensors)
+        self._stored: dict[str, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            self._stored.setdefault(parameter, []).append(name)
+        self._skeleton = skeleton
+
+    def stored(self, parameter: str) -> str:
+        """Return the stored name; of parameters fused of several tensors, none."""
+        prefix = f"{self._skeleton.base_model_prefix}."
+        for name in (parameter, prefix + parameter, parameter.removeprefix(prefix)):
+            if name in self._parameters:
+                return name
+            if len(self._stored.get(name, ())) == 1:
+                return self._stored[name][0]
+        return parameter
+
+    def is_flipped(self, stored: str) -> bool:
+        """Whether a weight is stored as inputs by outputs, as GPT-2's are."""
+        module = self._parameters.get(stored, stored).rpartition(".")[0]
+        return isinstance(dict(self._skeleton.named_modules()).get(module), Conv1D)
+
+
+def _untie(
+    checkpoint: Checkpoint,
+    tensors: dict[str, TensorInfo],
+    tied: Mapping[str, str],
+    replaced: set[str],
+    keep_tied: bool,
+) -> bool:
+    """Give heads of their own to a tied model of which the adapter replaces one end only."""
+    untied = False
+    for target, source in tied.items():
+        ends = {target, source} & replaced
+        if ends and keep_tied:
+            tensors[source] = tensors[source if source in ends else target]
+            tensors.pop(target, None)
+        elif len(ends) == 1:
+            tensors.setdefault(target, checkpoint.tensors[source])
+            untied = True
+    return untied
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = float(config.get("lora_alpha") or 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _cast(dtype: torch.dtype) -> Change:
+    return lambda tensor: tensor.to(dtype)
+
+
+def _add_product(left: Tensor, right: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
+    """Return the change that adds scale * left @ right, a few rows at a time."""
+
+    def change(weight: Tensor) -> Tensor:
+        result = torch.empty(weight.shape, dtype=weight.dtype)
+        rows = max(1, BLOCK // max(1, weight.shape[1]))
+        wide = right.double()
+        for start in range(0, len(weight), rows):
+            block = slice(start, start + rows)
+            product = left[block].double() @ wide
+            result[block] = product.mul_(scale).add_(weight[block])
+        return result
+
+    return change
