@@ -69,14 +69,14 @@ class Planned:
         return sum(recipe.nbytes for recipe in self.plan.values())
 
     def shards(self, max_shard_size: str) -> dict[str, list[str]]:
-        """Return the names of the tensors in each file, as huggingface_hub divides them."""
+        """Return the names in each file, in its order, as huggingface_hub divides them."""
         sizes = {
             name: torch.empty(recipe.shape, dtype=recipe.dtype, device="meta")
             for name, recipe in self.plan.items()
         }
         split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
         shards: dict[str, list[str]] = split.filename_to_tensors
-        return shards
+        return {file: _file_order(names, self.plan) for file, names in shards.items()}
 
 
 def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
@@ -142,10 +142,10 @@ def save(
             workers(threads) as pool,
             tqdm(total=planned.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
-            names = [name for shard in shards.values() for name in _file_order(shard, planned.plan)]
+            names = [name for shard in shards.values() for name in shard]
             tensors = computed(planned.plan, names, device, pool)
             for file, shard in shards.items():
-                _write_shard(folder / file, _file_order(shard, planned.plan), planned, tensors, bar)
+                _write_shard(folder / file, shard, planned, tensors, bar)
         if len(shards) > 1:
             _write_index(folder / "model.safetensors.index.json", shards, planned)
         for name, path in files.items():
@@ -217,14 +217,14 @@ def _write_shard(
     file: Path, names: Sequence[str], planned: Planned, tensors: Iterator[Tensor], bar: Any
 ) -> None:
     """Write a safetensors file: the size of the header, the header, the tensors' bytes."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         recipe = planned.plan[name]
         begin, end = end, end + recipe.nbytes
-        code = next(code for code, dtype in SAFETENSORS_DTYPES.items() if dtype == recipe.dtype)
         header[name] = {
-            "dtype": code,
+            "dtype": codes[recipe.dtype],
             "shape": list(recipe.shape),
             "data_offsets": [begin, end],
         }

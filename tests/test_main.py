@@ -13,15 +13,17 @@ from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
 import problems
+import settings
 from schedules import Schedule
 
 ROOT = Path(main.__file__).parent
 
 
-def settings(*arguments: str) -> main.Settings:
+def resolved(*arguments: str) -> settings.Settings:
     """Parse and check arguments; raise for what is wrong."""
     found: list[str] = []
-    result = main.settings_from(main.build_parser().parse_args(["out", *arguments]), found)
+    parser = settings.build_parser(main.METHODS)
+    result = settings.settings_from(parser.parse_args(["out", *arguments]), found)
     problems.refuse(found)
     return result
 
@@ -50,7 +52,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ],
 )
 def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
-    found = settings("--base-model", "base", *arguments.split()).weights
+    found = resolved("--base-model", "base", *arguments.split()).weights
     assert found == tuple(Schedule((weight,)) for weight in weights)
 
 
@@ -88,21 +90,21 @@ def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
 )
 def test_bad_settings_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings("--base-model", "base", *arguments.split())
+        resolved("--base-model", "base", *arguments.split())
 
 
 def test_ties_needs_a_base_and_slerp_two_models() -> None:
     with pytest.raises(ValueError, match="ties needs --base-model"):
-        settings("--merge", "a")
+        resolved("--merge", "a")
     with pytest.raises(ValueError, match="exactly two models"):
-        settings("--method", "slerp", "--merge", "a", "--weight", "0.5")
+        resolved("--method", "slerp", "--merge", "a", "--weight", "0.5")
     with pytest.raises(ValueError, match="one --weight"):
-        settings(*"--method slerp --merge a --weight 0.5 --merge b --weight 0.5".split())
+        resolved(*"--method slerp --merge a --weight 0.5 --merge b --weight 0.5".split())
 
 
 def test_all_bad_settings_are_reported_together() -> None:
     with pytest.raises(ValueError, match=r"(?s)3 problems:.*--density: .*--method ties.*--weight"):
-        settings(*"--merge a --merge b --merge c --weight 1 --weight 1 --density 2".split())
+        resolved(*"--merge a --merge b --merge c --weight 1 --weight 1 --density 2".split())
 
 
 def test_resolved_table_is_printed(
