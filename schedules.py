@@ -100,7 +100,9 @@ def layer_values(schedule: Schedule, tensors: Mapping[str, float]) -> list[str]:
     if any(not any(matches(word, name) for word, _ in words) for name in tensors):
         words.append(("the rest" if words else "all tensors", schedule.values))
     ordered = sorted(set(tensors.values()))
-    return [
-        f"{word}: {' '.join(f'{interpolate(values, place):.4g}' for place in ordered)}"
-        for word, values in words
-    ]
+
+    def text(values: Sequence[float]) -> str:
+        at = ordered if len(values) > 1 else [0.0]
+        return " ".join(f"{interpolate(values, place):.4g}" for place in at)
+
+    return [f"{word}: {text(values)}" for word, values in words]

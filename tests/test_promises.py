@@ -84,8 +84,16 @@ MOMENTS = [  # where to stop: the function of a module, and after how many calls
 ]
 
 
+@pytest.fixture(autouse=True)
+def heed_interruptions() -> None:
+    """Handle Ctrl-C although a shell that runs the tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def stopped(arguments: list[str], number: int, moment: int) -> None:
     """Run main.py in a process of its own, which gets a signal at a moment."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     owner, name, skip = MOMENTS[moment]
     function, calls = getattr(owner, name), itertools.count()
 
