@@ -8,7 +8,7 @@ whole (modules_to_save, biases) replace the model's.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import architecture as arch
-from checkpoints import Change, Checkpoint, TensorInfo, read_tensors
+from checkpoints import FLOAT_DTYPES, Change, Checkpoint, TensorInfo, read_tensors
 from files import ADAPTER_CONFIG, adapter_weights, read_json
 from problems import refuse, some
 
@@ -30,10 +30,14 @@ FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB])(?:\.
 UNSUPPORTED = (
     "use_dora use_qalora lora_bias target_parameters trainable_token_indices layer_replication "
     "megatron_config alora_invocation_tokens arrow_config monteclora_config velora_config "
-    "use_bdlora"
+    "use_bdlora kasa_config"
 ).split()
 # Initialisations after which the base is still the one that was published.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+WRAPPERS = re.compile(r"\.base_layer\.|\.modules_to_save\.(default\.)?")
+DEFAULT_ALPHA = 8  # peft's
 
 
 class Factors(NamedTuple):
@@ -59,16 +63,19 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
     skeleton, misfits = arch.assemble(cls, checkpoint.config, checkpoint.tensors)
     refuse([f"{checkpoint.name}: {misfit}" for misfit in misfits])
     ties = arch.possible_ties(skeleton, checkpoint.tensors)
+    [checkpoint] = arch.aligned([checkpoint], skeleton.base_model_prefix, ties)
     tied = {t: ties[t] for t in arch.tied_names(checkpoint, ties)}
-    names = _Names(skeleton, checkpoint)
+    asked = [*whole.values(), *(f"{module}.weight" for module in factors)]
+    names = _Names(skeleton, checkpoint, asked)
 
     tensors = {n: info for n, info in checkpoint.tensors.items() if n not in tied}
     replaced: set[str] = set()
     changes: dict[TensorInfo, tuple[Change, ...]] = {}
-    for key, parameter in whole.items():
+    # The weights under factors come last: a tied head's is the embedding, unless that is replaced.
+    for key, parameter in sorted(whole.items(), key=lambda item: ".base_layer." in item[0]):
         name = names.stored(parameter)
-        of_base = ".base_layer." in key  # the weight under a LoRA: the head's is the embedding's
-        place = tied.get(name, name) if of_base else name
+        of_base = ".base_layer." in key
+        place = tied[name] if of_base and name in tied and tied[name] not in replaced else name
         original = checkpoint.tensors.get(tied.get(name, name))
         if original is None:
             problems.append(f"the adapter's {key} matches no tensor of the model")
@@ -81,7 +88,7 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
             tensors[place] = headers[key]._replace(dtype=original.dtype)
             changes[tensors[place]] = (_cast(original.dtype),)
             replaced |= set() if of_base else {place}
-    untied = _untie(checkpoint, tensors, tied, replaced, bool(config.get("ensure_weight_tying")))
+    untied = _untie(checkpoint, tensors, tied, replaced)
     for module, found in factors.items():
         name = names.stored(f"{module}.weight")
         place = name if name in tensors else tied.get(name, name)
@@ -91,7 +98,7 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
         a, b = reader(found.a), reader(found.b)
         flipped = found.is_embedding or names.is_flipped(place)
         shape = (b.shape[0], a.shape[1])[:: -1 if flipped else 1] if a.ndim == b.ndim == 2 else ()
-        if shape != tensors[place].shape or a.shape[0] != b.shape[1]:
+        if shape != tensors[place].shape or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             problems.append(
                 f"the adapter's {found.a} {tuple(a.shape)} and {found.b} {tuple(b.shape)} do not "
                 f"make a change of {place} {tensors[place].shape}"
@@ -124,6 +131,22 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"the adapter was initialised by {initialised}, which changes the base model; {remedy}"
         )
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        problems.append(f"alpha_pattern: expected a mapping, found {patterns!r}")
+        patterns = {}
+    alphas = {"lora_alpha": config.get("lora_alpha", DEFAULT_ALPHA)}
+    alphas |= {f"alpha_pattern.{pattern}": alpha for pattern, alpha in patterns.items()}
+    problems += [
+        f"{key}: expected a finite number, found {alpha!r}"
+        for key, alpha in alphas.items()
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha)
+    ]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"alpha_pattern.{pattern}: not a regular expression: {error}")
     return problems
 
 
@@ -132,14 +155,20 @@ def _sorted_keys(
 ) -> tuple[dict[str, Factors], dict[str, str], list[str]]:
     """Sort an adapter's tensors into pairs by module, and whole ones by key: and what is odd."""
     halves: dict[str, dict[str, str]] = {}
-    whole = {}
-    for key in headers:
+    whole: dict[str, str] = {}
+    problems = []
+    for key, header in headers.items():
         name = key.removeprefix(PREFIX)
-        if match := FACTOR.match(name):
-            halves.setdefault(match["module"], {})[match["factor"]] = key
-        else:
-            whole[key] = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-    factors, problems = {}, []
+        if header.dtype not in FLOAT_DTYPES:
+            problems.append(f"the adapter's {key} is {header.dtype}, expected a floating dtype")
+        elif match := FACTOR.match(name):
+            found = halves.setdefault(match["module"], {})
+            if match["factor"] in found:
+                problems.append(f"the adapter holds {name} twice")
+            found[match["factor"]] = key
+        elif ".original_module." not in name:  # what modules_to_save took the place of
+            whole[key] = WRAPPERS.sub(".", name)
+    factors = {}
     for module, found in halves.items():
         if found.keys() == {"lora_A", "lora_B"}:
             factors[module] = Factors(found["lora_A"], found["lora_B"], False)
@@ -157,7 +186,10 @@ def _sorted_keys(
 class _Names:
     """Find stored tensors by the names that they have as parameters, as adapters call them."""
 
-    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, checkpoint: Checkpoint, asked: Iterable[str]
+    ) -> None:
+        self._current = arch.module_names(skeleton, asked)  # of those that older versions gave
         self._parameters = arch.module_names(skeleton, checkpoint.tensors)
         self._stored: dict[str, list[str]] = {}
         for name, parameter in self._parameters.items():
@@ -167,7 +199,8 @@ class _Names:
     def stored(self, parameter: str) -> str:
         """Return the stored name; of parameters fused of several tensors, none."""
         prefix = f"{self._skeleton.base_model_prefix}."
-        for name in (parameter, prefix + parameter, parameter.removeprefix(prefix)):
+        current = self._current[parameter]
+        for name in (parameter, prefix + parameter, parameter.removeprefix(prefix), current):
             if name in self._parameters:
                 return name
             if len(self._stored.get(name, ())) == 1:
@@ -185,23 +218,20 @@ def _untie(
     tensors: dict[str, TensorInfo],
     tied: Mapping[str, str],
     replaced: set[str],
-    keep_tied: bool,
 ) -> bool:
-    """Give heads of their own to a tied model of which the adapter replaces one end only."""
-    untied = False
-    for target, source in tied.items():
-        ends = {target, source} & replaced
-        if ends and keep_tied:
-            tensors[source] = tensors[source if source in ends else target]
-            tensors.pop(target, None)
-        elif len(ends) == 1:
+    """Give a tied model heads of their own if the adapter replaces one end of a tie only.
+
+    Both ends are in the adapter where peft kept them tied; the config ties all of them, or none.
+    """
+    untied = any(len({target, source} & replaced) == 1 for target, source in tied.items())
+    if untied:
+        for target, source in tied.items():
             tensors.setdefault(target, checkpoint.tensors[source])
-            untied = True
     return untied
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = float(config.get("lora_alpha") or 8)
+    alpha = float(config.get("lora_alpha", DEFAULT_ALPHA))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = float(value)

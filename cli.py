@@ -109,8 +109,13 @@ def joined(argv: Sequence[str] | None) -> list[str]:
 
 
 def model_name(text: str) -> str:
+    """Parse the name of a model."""
     if not text.strip():
         raise ValueError
+    try:
+        files.split_adapter(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

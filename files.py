@@ -41,16 +41,22 @@ NOT_DOWNLOADED = [*WEIGHT_PATTERNS, "*/*.safetensors*", "original/*", "onnx/*", 
 
 
 def split_adapter(model: str) -> tuple[str, str | None]:
-    """Split BASE+ADAPTER. What exists as a whole is a path; a path may have a + of its own."""
+    """Split BASE+ADAPTER. What exists as a whole is a path; a path may have a + of its own.
+
+    Raises ValueError if one is empty.
+    """
     if "+" not in model or Path(os.path.expanduser(model)).exists():
         return model, None
     splits = [(model[:i], model[i + 1 :]) for i, sign in enumerate(model) if sign == "+"]
-    sensible = [
-        pair
-        for pair in splits
-        if all(HUB_ID.match(part) or Path(os.path.expanduser(part)).exists() for part in pair)
-    ]
-    return (sensible or splits)[-1]
+    sensible = [pair for pair in splits if all(map(_could_be_model, pair))]
+    base, adapter = (sensible or splits)[-1]
+    if not base or not adapter:
+        raise ValueError(f"{model}: expected BASE+ADAPTER, one of them is empty")
+    return base, adapter
+
+
+def _could_be_model(name: str) -> bool:
+    return bool(name) and bool(HUB_ID.match(name) or Path(os.path.expanduser(name)).exists())
 
 
 def is_local(model: str) -> bool:

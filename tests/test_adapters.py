@@ -190,6 +190,28 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "no adapter_model"),
     "no config": (lambda a: (a / "adapter_config.json").unlink(), "so it is no adapter"),
+    "alpha of no number": (lambda a: change_config(a, lora_alpha=[16]), "lora_alpha: expected a"),
+    "no alpha": (lambda a: change_config(a, lora_alpha=None), "lora_alpha: expected a finite"),
+    "patterns": (lambda a: change_config(a, alpha_pattern=["x"]), "expected a mapping"),
+    "pattern": (lambda a: change_config(a, alpha_pattern={"(": 3}), "not a regular expression"),
+    "integers": (
+        lambda a: change_tensors(
+            a, lambda t: t.update({f"{LAYER}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)})
+        ),
+        "is torch.int8, expected a floating dtype",
+    ),
+    "rank zero": (
+        lambda a: change_tensors(
+            a,
+            lambda t: t.update(
+                {
+                    f"{LAYER}.lora_A.weight": torch.ones(0, 32),
+                    f"{LAYER}.lora_B.weight": torch.ones(32, 0),
+                }
+            ),
+        ),
+        "do not make a change",
+    ),
     "magnitudes": (
         lambda a: change_tensors(
             a, lambda t: t.update({f"{LAYER}.lora_magnitude_vector": torch.ones(32)})
@@ -241,3 +263,68 @@ def test_base_and_adapter_are_split(
     for name in ("here+there", "lora", "there"):
         (tmp_path / name).mkdir()
     assert files.split_adapter(given) == expected
+
+
+# -------------------------------------------------------------------- odd adapters
+
+
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "alpha of zero": ("llama", {"lora_alpha": 0}),
+    "whole embedding, factors of the head, tied": (
+        "llama-tied",
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "weight tying asked for in vain": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn"],
+            "modules_to_save": ["wte"],
+            "fan_in_fan_out": True,
+            "ensure_weight_tying": True,
+        },
+    ),
+    "biases of whole modules": (
+        "llama-bias",
+        {"bias": "all", "modules_to_save": ["up_proj"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", MORE)
+def test_odd_adapters_give_what_peft_merges(
+    kind: str, pickled: bool, make: Make, tmp_path: Path, output: Path
+) -> None:
+    name, settings = MORE[kind]
+    base = make(name, dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path, **settings)
+    if pickled:  # in the order in which peft writes a .bin: heads after embeddings
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors = dict(sorted(tensors.items(), key=lambda item: "lm_head" in item[0]))
+        torch.save(tensors, adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+    assert_like_peft(as_written(f"{base}+{adapter}", output), base, tmp_path)
+    if kind == "alpha of zero":
+        assert all(torch.equal(t, stored(base)[n]) for n, t in stored(output).items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_stores_only_the_head_of_a_tie(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    base = make("llama-tied", dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path, modules_to_save=["lm_head"])
+    headed = tmp_path / "headed"
+    shutil.copytree(base, headed)
+    tensors = stored(base)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, headed / "model.safetensors", metadata={"format": "pt"})
+    assert_like_peft(as_written(f"{headed}+{adapter}", output), base, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["base+", "+adapter", "+"])
+def test_an_empty_half_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["out", "--base-model", "x", "--merge", model])
+    assert "expected BASE+ADAPTER, one of them is empty" in capsys.readouterr().err
