@@ -28,6 +28,13 @@ COMPUTED_BUFFERS = re.compile(
     r"|embeddings\.position_ids)$"
 )
 
+# Names of what stands before the layers, though it is no embedding, and of what only sounds so.
+BEFORE_LAYERS = re.compile(
+    r"(?<!un)emb|project_in|patch_conv|(^|\.)conv\d\.|pre_?layr?norm|layernorm_pre|(^|\.)ln_pre"
+    r"|per_layer_model_projection|per_layer_projection_norm"
+)
+AFTER_LAYERS = re.compile(r"embedding_norm\.|multi_modal_projector|(^|\.)mtp|(^|\.)lm_head")
+
 
 class Shaped(Protocol):
     """What is known of a tensor without its values."""
@@ -198,15 +205,15 @@ def before_layers(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
     _, head = _embeddings(model)
     modules = dict(model.named_modules())
 
-    def is_before(module: str) -> bool:
-        if head is not None and modules.get(module) is head:
+    def is_before(parameter: str) -> bool:
+        module = modules.get(parameter.rpartition(".")[0])
+        if head is not None and module is head:
             return False
-        if isinstance(modules.get(module), nn.Embedding):
-            return True
-        return bool(re.search(r"emb|project_in", module)) and not module.endswith("embedding_norm")
+        named_so = BEFORE_LAYERS.search(parameter) and not AFTER_LAYERS.search(parameter)
+        return isinstance(module, nn.Embedding) or bool(named_so)
 
     names = module_names(model, stored)
-    return {name for name, place in names.items() if is_before(place.rpartition(".")[0])}
+    return {name for name, parameter in names.items() if is_before(parameter)}
 
 
 def vocabulary_dims(

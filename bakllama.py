@@ -61,6 +61,7 @@ class Stack:
     embedding_source: str
     lm_head_source: str
     head_asked_for: bool  # whether the file names a lm_head_source other than the embedding's
+    text: str  # of the file
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ def read_stack(path: Path) -> Stack:
     slices = tuple(Slice(**entry) for entry in content["layer_slices"])
     embedding = content.get("embedding_source") or slices[0].model
     head = content.get("lm_head_source")
-    return Stack(slices, embedding, head or slices[-1].model, head not in (None, embedding))
+    return Stack(slices, embedding, head or slices[-1].model, head not in (None, embedding), text)
 
 
 def _duplicate_key(node: Any, path: str = "") -> str:
@@ -409,6 +410,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Build a language model out of layers taken from several checkpoints. A model "
         "is a local directory or a Hugging Face Hub id (org/name, or org/name@revision).",
+        epilog=cli.EXIT_STATUS,
         allow_abbrev=False,
     )
     parser.add_argument("config", help="YAML file that lists the slices of layers")
@@ -456,9 +458,8 @@ def work(argv: Sequence[str] | None) -> None:
         from cards import Method, model_card
 
         method = Method("layer stack", "layers of the models below, in this order", "")
-        text = Path(arguments.config).read_text(encoding="utf-8").strip()
         resolved = "\n".join([table(stack), *planned.notes])
-        made_by = [cli.command("bakllama.py", argv), f"```yaml\n{text}\n```"]
+        made_by = {"sh": cli.command("bakllama.py", argv), "yaml": stack.text}
         return model_card(title, models.values(), method, resolved, made_by)
 
     donor, embedding = models[stack.slices[0].model], models[stack.embedding_source]

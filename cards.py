@@ -3,8 +3,9 @@
 Everything is read from the inputs' own folders; no network is used.
 """
 
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,15 @@ class Method(NamedTuple):
 
 
 def model_card(
-    title: str, inputs: Iterable[Checkpoint], method: Method, resolved: str, made_by: Sequence[str]
+    title: str,
+    inputs: Iterable[Checkpoint],
+    method: Method,
+    resolved: str,
+    made_by: Mapping[str, str],
 ) -> str:
     """Return a model card: metadata that the Hub understands, and a description.
 
-    `made_by` are fenced blocks of code: the command, and the file that it reads, if any.
+    `made_by` is the command, and the text of the file that it reads, if any, by language.
     """
     sources = [source for checkpoint in inputs for source in _sources(checkpoint)]
     origins = {name: hub_origin(name, folder) for name, folder in sources}
@@ -43,23 +48,36 @@ def model_card(
         **_agreed([folder for _, folder in sources]),
     )
     models = [
-        f"- `{name}`" + (f", revision `{origin[1]}`" if origin else ", a local directory")
+        f"- {_code(name)}" + (f", revision `{origin[1]}`" if origin else ", a local directory")
         for name, origin in origins.items()
     ]
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
     body = [
-        f"# {title}",
+        f"# {_code(title)}",
         "A merge of language models, tensor by tensor.",
         "## Method",
         f"{method.name}: {method.equation}" + f" ({method.source})" * bool(method.source),
-        f"```text\n{resolved}\n```",
+        _fenced(resolved, "text"),
         "## Models",
         "\n".join(models),
         "## Made by",
-        *made_by,
+        *(_fenced(text, language) for language, text in made_by.items()),
         f"With Python {sys.version.split()[0]}, {', '.join(versions)}.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+
+
+def _code(text: str) -> str:
+    """Return a name as code in a line, whatever is in it."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return ticks + space + re.sub(r"\s", " ", text) + space + ticks
+
+
+def _fenced(text: str, language: str) -> str:
+    """Return a block of code, whatever is in it."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text.strip()}\n{ticks}"
 
 
 def _sources(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
@@ -73,13 +91,28 @@ def _sources(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
 def _agreed(folders: Sequence[Path]) -> dict[str, Any]:
     """Return what the cards of all inputs say alike of licence and language."""
     cards = [_metadata(folder) for folder in folders]
-    groups = (("license", "license_name", "license_link"), ("language",))
     agreed: dict[str, Any] = {}
-    for keys in groups:
-        values = [{key: card[key] for key in keys if key in card} for card in cards]
-        if all(value == values[0] for value in values):
-            agreed |= values[0]
+    languages = [_languages(card.get("language")) for card in cards]
+    if languages[0] and all(set(found) == set(languages[0]) for found in languages):
+        agreed["language"] = languages[0]
+    keys = ("license", "license_name", "license_link")
+    licences = [{key: card[key] for key in keys if key in card} for card in cards]
+    licence = licences[0].get("license")
+    is_valid = isinstance(licence, str) and re.fullmatch(r"[a-z0-9.-]+", licence)
+    if is_valid and all(_is_line(value) for value in licences[0].values()):
+        agreed |= licences[0] if all(found == licences[0] for found in licences) else {}
     return agreed
+
+
+def _languages(value: object) -> list[str]:
+    """Return the languages of a card; YAML reads Norwegian's `no` as false."""
+    listed = value if isinstance(value, list) else [value]
+    codes = ["no" if code is False else code for code in listed]
+    return [code for code in codes if _is_line(code)]  # type: ignore[misc]
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and len(value.splitlines()) == 1
 
 
 def _metadata(folder: Path) -> dict[str, Any]:

@@ -91,10 +91,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     talk.add_argument(
         "--verbose", action="store_true", help="print how each tensor is made, and all warnings"
     )
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
-    group.add_argument(
-        "--version", action="version", version=f"%(prog)s {VERSION} ({', '.join(versions)})"
-    )
+    group.add_argument("--version", action="version", version=f"%(prog)s {versions()}")
 
 
 def joined(argv: Sequence[str] | None) -> list[str]:
@@ -126,10 +123,20 @@ def positive(text: str) -> int:
     return value
 
 
+def versions() -> str:
+    """Return the version of this tool and of what it stands on."""
+    found = []
+    for name in ("torch", "transformers"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed: pip install -r requirements.txt")
+    return f"{VERSION} ({', '.join(found)})"
+
+
 def command(script: str, argv: Sequence[str] | None) -> str:
-    """Return the command of this run, as a block of shell code."""
-    words = ["python", script, *(sys.argv[1:] if argv is None else argv)]
-    return f"```sh\n{shlex.join(words)}\n```"
+    """Return the command of this run."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def available_processors() -> int:
@@ -144,8 +151,18 @@ def available_processors() -> int:
 
 
 def say(quiet: bool, text: str) -> None:
-    if not quiet:
+    if not quiet and sys.stderr is not None:  # where it is closed
         print(text, file=sys.stderr, flush=True)
+
+
+def say_path(path: str) -> None:
+    """Print a path on standard output. The model is there, whether or not anybody can read this."""
+    try:
+        print(path, flush=True)
+    except UnicodeError:
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    except OSError:  # a closed pipe, a full disk; leave nothing that is tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_inputs(
@@ -249,7 +266,7 @@ def write(
     text = None
     if arguments.model_card:
         try:
-            text = card(output.resolve().name, planned)
+            text = card(output.resolve().name, planned).encode("utf-8", "backslashreplace")
         except Exception as error:  # whatever is odd in other cards, the model is worth more
             say(arguments.quiet, f"warning: no model card could be made: {error}")
     shards = save(
@@ -261,7 +278,7 @@ def write(
         max_shard_size=arguments.max_shard_size,
         card=text,
         overwrite=arguments.overwrite,
-        show_progress=not arguments.quiet and sys.stderr.isatty(),
+        show_progress=not arguments.quiet and sys.stderr is not None and sys.stderr.isatty(),
     )
     say(
         arguments.quiet,
@@ -269,7 +286,7 @@ def write(
         f"shard{'s' * (shards != 1)}, {time.monotonic() - started:.1f} s, "
         f"peak memory {gigabytes(peak_memory())}",
     )
-    print(arguments.output, flush=True)
+    say_path(arguments.output)
 
 
 def recipes(planned: "Planned") -> str:
@@ -368,13 +385,13 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         if received:  # the error may be what a library made of the interruption
             for each in handled:
                 signal.signal(each, signal.SIG_IGN)
-            print("interrupted, nothing was left behind", file=sys.stderr)
+            say(False, "interrupted, nothing was left behind")
             return 128 + received[0]
         if isinstance(error, ValueError | OSError):
-            print(f"error: {explain(error)}", file=sys.stderr)
+            say(False, f"error: {explain(error)}")
             return 2
         if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
-            print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+            say(False, f"error: out of memory: {str(error).splitlines()[0]}")
             return 2
         raise
     finally:

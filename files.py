@@ -73,6 +73,8 @@ def hub_origin(model: str, folder: Path) -> tuple[str, str] | None:
     if snapshot.parent.name != "snapshots" or not cached.startswith("models--"):
         return None
     repo = cached.removeprefix("models--").replace("--", "/")
+    if not HUB_ID.match(repo) or not re.fullmatch(r"[0-9a-f]{40}", snapshot.name):
+        return None
     return (repo if is_local(model) else model.partition("@")[0]), snapshot.name
 
 
@@ -95,12 +97,23 @@ def find(model: str, cache_dir: str | None = None) -> Path:
 
 def _snapshot(model: str, cache_dir: str | None, **patterns: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     repo, _, revision = model.partition("@")
     try:
         snapshot = snapshot_download(
             repo, revision=revision or None, cache_dir=cache_dir, **patterns
         )
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{model}: a gated model; accept its terms on its page on the Hub, then log in with "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{model}: no local directory and no model of the Hub, or a private one, for which to "
+            "log in with `hf auth login`"
+        ) from error
     except Exception as error:  # network libraries raise errors of many kinds
         where = "in the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "on the Hub"
         raise FileNotFoundError(
@@ -114,7 +127,9 @@ def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
     """Return the folder of a LoRA adapter; of a Hub id, a snapshot of the adapter alone."""
     folder = Path(os.path.expanduser(adapter))
     if not is_local(adapter):
-        folder = _snapshot(adapter, cache_dir, allow_patterns=[ADAPTER_CONFIG, *ADAPTER_FILES])
+        folder = _snapshot(
+            adapter, cache_dir, allow_patterns=[ADAPTER_CONFIG, *ADAPTER_FILES, "README.md"]
+        )
     if not (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter}: no {ADAPTER_CONFIG} in {folder}, so it is no adapter")
     return folder

@@ -121,18 +121,21 @@ def plan_merge(
     problems += unused_filters(settings, names)
     notes += layer_notes(settings, place)
     plan: Plan = {}
+    cancelled: list[str] = []
     for name in names:
         info = source(donor, name).info
         target = output_dtype(info.dtype, dtype)
         if info.dtype in FLOAT_DTYPES:
             sources = tuple(source(model, name) for model in models)
             numbers = Numbers([], [])
-            with collecting(problems):
+            with collecting(cancelled):
                 numbers = settings.numbers(name, place[name])
             combine = METHODS[settings.method](settings, numbers, target)
             plan[name] = Recipe("merged", sources, info.shape, target, combine)
         else:
             plan[name] = Recipe("copied", (Source(donor, name),), info.shape, target)
+    if cancelled:
+        problems.append(f"in {len(cancelled)} of {len(names)} tensors, {cancelled[0]}")
     for model in dict.fromkeys(models):
         problems += compare(model, plan, ignored | ties.keys())
     refuse(problems)
@@ -197,7 +200,7 @@ def work(argv: Sequence[str] | None) -> None:
 
         resolved = "\n".join([table(settings), *planned.notes])
         method = Method(settings.method, *description(settings))
-        made_by = [cli.command("main.py", argv)]
+        made_by = {"sh": cli.command("main.py", argv)}
         return model_card(title, models.values(), method, resolved, made_by)
 
     copied = donor_files(donor.path, donor.path if arguments.copy_tokenizer else None)

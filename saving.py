@@ -126,7 +126,7 @@ def save(
     device: torch.device,
     threads: int,
     max_shard_size: str = "5GB",
-    card: str | None = None,
+    card: bytes | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> int:
@@ -152,7 +152,7 @@ def save(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_bytes(card)
         _verify(folder, planned)
     return len(shards)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
 
+REST = ("all tensors", "the rest")  # instead of a filter
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -45,6 +47,7 @@ def _listed(values: Iterable[float]) -> str:
 def parse_values(text: str) -> tuple[str | None, tuple[float, ...]]:
     """Parse `[FILTER:]NUMBER[,NUMBER...]`; ValueError if it is not that, or not finite."""
     word, _, numbers = text.rpartition(":")
+    word = word.strip()
     values = tuple(float(number) for number in numbers.split(","))
     if not all(-float("inf") < value < float("inf") for value in values):
         raise ValueError
@@ -74,18 +77,24 @@ def places(
     """Map names of tensors to their places: i / (n - 1) for layer i of n, else 0 or 1.
 
     0 for those `before` the layers (embeddings), 1 for all others (final norm, head). Each stack of
-    numbered layers (encoder, decoder, vision tower) counts its own. Those `beyond` the `depth` of a
-    decoder, which predict more tokens, are at 1.
+    numbered layers (encoder, decoder, vision tower) counts its own; numbered modules that are made
+    of no others, as in the two linears of a projector, are no layers. Those `beyond` the `depth` of
+    a decoder, which predict more tokens, are at 1.
     """
     names = list(names)
     sizes: dict[str, int] = {}
+    composite = set()
     for name in names:
         if match := NUMBERED.match(name):
             sizes[match["stack"]] = max(sizes.get(match["stack"], 0), int(match["index"]) + 1)
+            if "." in match["part"]:
+                composite.add(match["stack"])
 
     def place(name: str) -> float:
         match = NUMBERED.match(name)
-        if not match:
+        if any(part.startswith("mtp") for part in name.split(".")):
+            return 1.0
+        if not match or match["stack"] not in composite:
             return 0.0 if name in before else 1.0
         size = sizes[match["stack"]]
         size -= beyond if size == depth + beyond else 0
@@ -95,14 +104,16 @@ def places(
 
 
 def layer_values(schedule: Schedule, tensors: Mapping[str, float]) -> list[str]:
-    """Say as text which values a schedule gives tensors at their places, from first to last."""
+    """Say as text which values a schedule gives to how many tensors, by their places."""
     words: list[tuple[str, Sequence[float]]] = [*schedule.filters]
     if any(not any(matches(word, name) for word, _ in words) for name in tensors):
-        words.append(("the rest" if words else "all tensors", schedule.values))
-    ordered = sorted(set(tensors.values()))
-
-    def text(values: Sequence[float]) -> str:
-        at = ordered if len(values) > 1 else [0.0]
-        return " ".join(f"{interpolate(values, place):.4g}" for place in at)
-
-    return [f"{word}: {text(values)}" for word, values in words]
+        words.append((REST[bool(words)], schedule.values))
+    lines = []
+    rest = dict(tensors)
+    for word, values in words:
+        taken = {n: place for n, place in rest.items() if word in REST or matches(word, n)}
+        rest = {name: place for name, place in rest.items() if name not in taken}
+        at = sorted(set(taken.values())) if len(values) > 1 else [0.0]
+        text = " ".join(f"{interpolate(values, place):.4g}" for place in at)
+        lines.append(f"{word} ({len(taken)}): {text}")
+    return lines

@@ -66,7 +66,12 @@ class InOrder(argparse.Action):
 
 def numbers(text: str) -> tuple[str | None, tuple[float, ...]]:
     """Parse an option's number, list of numbers, or either with a filter."""
-    return parse_values(text)
+    try:
+        return parse_values(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a number, or a list such as 0,0.5,1, got {text!r}"
+        ) from error
 
 
 def build_parser(methods: Iterable[str]) -> argparse.ArgumentParser:
@@ -108,7 +113,7 @@ def build_parser(methods: Iterable[str]) -> argparse.ArgumentParser:
         action=InOrder,
         help="ties, linear: factor of a model, any number (ties default: "
         f"{DEFAULT_WEIGHT:g}); slerp: the t from 0 (base, or first model) to 1 (the other), and "
-        "as NAME:W another for the tensors with NAME in their name",
+        "as NAME:W another for tensors of which NAME is a component of the name",
     )
     parser.add_argument(
         "--density",

@@ -2,6 +2,8 @@
 
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_a_card_of_hub_models(
     assert f"`org/one`, revision `{COMMIT}`" in text
     assert shlex.join(["python", "main.py", *arguments]) in text
     assert "arxiv.org/abs/2203.05482" in text
-    assert "weight of org/one, all tensors: 1 0.8 0.6 0.4 0.2 0\n" in text
+    assert "weight of org/one, all tensors (57): 1 0.8 0.6 0.4 0.2 0\n" in text
     assert "# one" not in text and "chat" not in text  # the donor's own card
 
 
@@ -158,3 +160,36 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main.main(["--version"])
     assert "0.1.0 (torch 2.13.0" in capsys.readouterr().out
+
+
+def test_a_model_whose_path_nobody_reads_is_a_success(make: Make, tmp_path: Path) -> None:
+    command = [sys.executable, main.__file__, tmp_path / "out", "--base-model", make("llama")]
+    command += ["--merge", make("llama", 1), "--quiet"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert stored(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "fronts, agreed",
+    [
+        (["language: [no, en]", "language: [en, no]"], {"language": ["no", "en"]}),
+        (["language: en", "language: [en]"], {"language": ["en"]}),
+        (["license: 5", "license: 5"], {}),
+        (['license: "x\\n---\\ny"'] * 2, {}),
+        (["license: {a: b}"] * 2, {}),
+    ],
+)
+def test_odd_metadata_is_normalised_or_left_out(
+    fronts: list[str], agreed: dict[str, object], tmp_path: Path
+) -> None:
+    for number, front in enumerate(fronts):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "README.md").write_text(f"---\n{front}\n---\n")
+    assert cards._agreed([tmp_path / str(number) for number in range(len(fronts))]) == agreed
+
+
+def test_names_cannot_break_a_card() -> None:
+    assert cards._code("a`b\n# c") == "`` a`b # c ``"
+    assert cards._fenced("```\nx", "yaml") == "````yaml\n```\nx\n````"

@@ -9,6 +9,7 @@ from conftest import Make, loads_clean, stored
 from test_main import fails
 from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
 
+import architecture as arch
 import main
 from schedules import Schedule, interpolate, parse_values, places
 
@@ -85,13 +86,17 @@ def test_the_first_filter_that_matches_a_component_wins() -> None:
 
 def test_places_of_odd_models() -> None:
     """Two stacks, layers that predict more tokens, a stack of one layer."""
-    names = [f"vision.layers.{i}.w" for i in range(3)] + [f"text.layers.{i}.w" for i in range(6)]
-    names += ["text.embed.weight", "head.weight", "single.layers.0.w"]
-    found = places(names, {"text.embed.weight"}, depth=5, beyond=1)
-    assert [found[f"vision.layers.{i}.w"] for i in range(3)] == [0, 0.5, 1]
-    assert [found[f"text.layers.{i}.w"] for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    names = [f"vision.layers.{i}.m.w" for i in range(3)]
+    names += [f"text.layers.{i}.m.w" for i in range(6)]
+    names += ["text.embed.weight", "head.weight", "single.layers.0.m.w", "mtp.layers.0.m.w"]
+    names += [f"merger.mlp.{i}.weight" for i in (0, 2)] + [f"embeds.{i}.weight" for i in range(4)]
+    found = places(names, {"text.embed.weight", *names[-4:]}, depth=5, beyond=1)
+    assert [found[f"vision.layers.{i}.m.w"] for i in range(3)] == [0, 0.5, 1]
+    assert [found[f"text.layers.{i}.m.w"] for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert (found["text.embed.weight"], found["head.weight"]) == (0, 1)
-    assert found["single.layers.0.w"] == 0
+    assert {found[f"merger.mlp.{i}.weight"] for i in (0, 2)} == {found["mtp.layers.0.m.w"]} == {1}
+    assert {found[f"embeds.{i}.weight"] for i in range(4)} == {0}
+    assert found["single.layers.0.m.w"] == 0
     experts = places([f"m.layers.{i}.experts.{e}.w" for i in range(3) for e in range(9)], (), 3)
     assert found and {experts[f"m.layers.1.experts.{e}.w"] for e in range(9)} == {0.5}
 
@@ -156,8 +161,8 @@ def test_what_each_layer_gets_is_shown(
     assert main.main([*arguments, "--weight", "mlp:1,0", "--weight", "0,0.5"]) == 0
     text = capsys.readouterr().err
     assert "t = mlp:1,0 0,0.5" in text
-    assert "weight, mlp: 1 0.8 0.6 0.4 0.2 0\n" in text
-    assert "weight, the rest: 0 0.1 0.2 0.3 0.4 0.5\n" in text
+    assert "weight, mlp (18): 1 0.8 0.6 0.4 0.2 0\n" in text
+    assert "weight, the rest (39): 0 0.1 0.2 0.3 0.4 0.5\n" in text
 
 
 def test_filters_that_match_nothing_are_refused(
@@ -179,5 +184,28 @@ def test_weights_that_cancel_in_one_layer_are_refused_before_writing(
     a, b = make("llama", 1), make("llama", 2)
     merges = ["--merge", a, "--weight", "-1,1", "--merge", b, "--weight", "1"]
     text = fails(capsys, output, "--method", "linear", *merges)
-    assert "sum to 0 and cannot be normalised" in text
+    assert "sum to 0 and cannot be normalised" in text and " of 57 tensors, weights" in text
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "name, is_before",
+    [
+        ("model.embed_tokens.weight", True),
+        ("transformer.word_embeddings_layernorm.weight", True),
+        ("model.decoder.project_in.weight", True),
+        ("vision_model.class_embedding", True),
+        ("vision_tower.pre_layrnorm.weight", True),
+        ("vision_model.layernorm_pre.weight", True),
+        ("model.encoder.conv1.weight", True),
+        ("model.norm.weight", False),
+        ("model.decoder.project_out.weight", False),
+        ("model.multi_modal_projector.mm_soft_emb_norm.weight", False),
+        ("model.altup_unembed_projections.0.weight", False),
+        ("mtp.pre_fc_norm_embedding.weight", False),
+        ("model.embedding_norm.weight", False),  # LFM2's final norm
+    ],
+)
+def test_names_tell_what_stands_before_the_layers(name: str, is_before: bool) -> None:
+    before = arch.BEFORE_LAYERS.search(name) and not arch.AFTER_LAYERS.search(name)
+    assert bool(before) == is_before
