@@ -377,6 +377,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in handled}
+    collected = gc.isenabled()
     gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
         with warnings.catch_warnings():
@@ -390,12 +391,13 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         if isinstance(error, ValueError | OSError):
             say(False, f"error: {explain(error)}")
             return 2
-        if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
+        if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):
             say(False, f"error: out of memory: {str(error).splitlines()[0]}")
             return 2
         raise
     finally:
-        gc.enable()
+        if collected:
+            gc.enable()
         if argv is None:  # the end of a script: collecting takes a second, and changes nothing
             gc.freeze()
         if argv is not None or not received:  # at the end of a script, let no signal disturb it

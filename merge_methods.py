@@ -27,6 +27,8 @@ CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near 
 COUNT_CHUNK = 1 << 19  # elements: larger, as each chunk's counts take time to add
 SMALL = 1 << 15  # elements: so few that selecting is faster than anything else
 SAMPLE = 1 << 16  # elements that tell about where the k-th largest lies
+MOST_BETWEEN = 1 << 23  # elements that may be selected among
+LARGEST_WEIGHT = 1e30  # in float32, larger ones would overflow
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
 DOT_BLOCK = 1 << 12  # elements: so few that torch sums them on one thread, always in one order
@@ -45,9 +47,8 @@ def _check_same_shape(tensors: Sequence[Tensor]) -> None:
 
 
 def _chunk_size(count: int, device: torch.device) -> int:
-    """Return how many entries to take at once: more with more threads, each with its share."""
-    on_cpu = device.type == "cpu"
-    return min(count, CPU_CHUNK * torch.get_num_threads() if on_cpu else DEVICE_CHUNK)
+    """Return how many entries to take at once."""
+    return min(count, CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -92,6 +93,7 @@ def _weighted_sum(
     return out.view(tensors[0].shape)
 
 
+@torch.no_grad()
 def linear(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
@@ -123,15 +125,16 @@ def check_normalizable(weights: Sequence[float]) -> float:
 def _cosine(a: Tensor, b: Tensor, device: torch.device) -> float:
     """Return the cosine of two flat tensors, 0 if a norm is zero.
 
-    Products of 16-bit floats are exact in float32, and its sums of small blocks good enough; other
-    inputs, and those whose squares leave its range, take float64.
+    Products of 16-bit floats are exact in float32, and its sums of small blocks good enough. Other
+    inputs take float64, and so do those whose squares leave the range of float32, and those that
+    point away from each other, where slerp's terms cancel.
     """
-    dots = 0.0, 0.0, 0.0
+    aa = ab = bb = 0.0
     if all(t.dtype in (torch.bfloat16, torch.float16) for t in (a, b)):
-        dots = _dots(a, b, torch.float32, device)
-    if not (1e-20 < min(dots[0], dots[2]) and max(dots[0], dots[2]) < 1e38):
-        dots = _dots(a, b, torch.float64, device)
-    aa, ab, bb = dots
+        aa, ab, bb = _dots(a, b, torch.float32, device)
+    in_range = 1e-20 < min(aa, bb) and max(aa, bb) < 1e38
+    if not in_range or ab < -0.5 * math.sqrt(aa) * math.sqrt(bb):
+        aa, ab, bb = _dots(a, b, torch.float64, device)
     norms = math.sqrt(aa) * math.sqrt(bb)
     return ab / norms if norms != 0 else 0.0
 
@@ -155,6 +158,7 @@ def _dots(
     return aa, ab, bb
 
 
+@torch.no_grad()
 def slerp(
     a: Tensor,
     b: Tensor,
@@ -186,31 +190,32 @@ def slerp(
     return _weighted_sum([a, b], weights, dtype, device)
 
 
-def _kth_largest_magnitude(base: Tensor, tensor: Tensor, k: int, device: torch.device) -> float:
+def _kth_largest_magnitude(
+    base: Tensor, tensor: Tensor, k: int, work: torch.dtype, device: torch.device
+) -> float:
     """Return the k-th largest |tensor - base|, exactly, of two flat tensors; NaN is largest."""
     if base.numel() <= SMALL:
-        magnitudes = _magnitudes(base.to(device), tensor.to(device))
+        magnitudes = _magnitudes(base.to(device), tensor.to(device), work)
         return float(magnitudes.kthvalue(base.numel() - k + 1).values)
-    selected = _kth_by_sample(base, tensor, k) if device.type == "cpu" else None
-    return _kth_by_counting(base, tensor, k, device) if selected is None else selected
+    selected = _kth_by_sample(base, tensor, k, work) if device.type == "cpu" else None
+    return _kth_by_counting(base, tensor, k, work, device) if selected is None else selected
 
 
-def _magnitudes(base: Tensor, tensor: Tensor) -> Tensor:
-    work = _work_dtype([base, tensor])
+def _magnitudes(base: Tensor, tensor: Tensor, work: torch.dtype) -> Tensor:
     return (tensor.to(work) - base.to(work)).abs_()
 
 
 def _magnitude_chunks(
-    base: Tensor, tensor: Tensor, size: int, device: torch.device
+    base: Tensor, tensor: Tensor, size: int, work: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
     """Yield |tensor - base| in chunks, all in one buffer."""
-    delta, other = _scratch(size, _work_dtype([base, tensor]), device, 2)
+    delta, other = _scratch(size, work, device, 2)
     for chunk in _chunks(base.numel(), size):
         n = chunk.stop - chunk.start
         yield _load(delta[:n], tensor[chunk]).sub_(_load(other[:n], base[chunk])).abs_()
 
 
-def _kth_by_sample(base: Tensor, tensor: Tensor, k: int) -> float | None:
+def _kth_by_sample(base: Tensor, tensor: Tensor, k: int, work: torch.dtype) -> float | None:
     """Find the k-th largest between two values that a sample suggests (Floyd and Rivest 1975).
 
     Whatever the sample is, what is returned is right: entries above, at and between the two values
@@ -218,8 +223,8 @@ def _kth_by_sample(base: Tensor, tensor: Tensor, k: int) -> float | None:
     them would take much memory. By numpy, whose comparisons are several times as fast as torch's.
     """
     n = base.numel()
-    step = n // SAMPLE | 1  # odd, so as not to stay in a few columns of a matrix
-    sample = np.sort(_magnitudes(base[::step], tensor[::step]).numpy())[::-1]
+    step = n // max(SAMPLE, n >> 10) | 1  # odd, so as not to stay in a few columns of a matrix
+    sample = np.sort(_magnitudes(base[::step], tensor[::step], work).numpy())[::-1]
     place = k / n * len(sample)
     margin = 4 * math.sqrt(place * (1 - place / len(sample))) + 1
     first, last = math.floor(place - margin), math.ceil(place + margin)
@@ -229,13 +234,13 @@ def _kth_by_sample(base: Tensor, tensor: Tensor, k: int) -> float | None:
     masks = np.empty((4, size), dtype=bool)  # which entries are < high, <= high, < low, <= low
     below = [0, 0, 0, 0]  # how many
     between: list[np.ndarray] = []
-    for chunk in _magnitude_chunks(base, tensor, size, base.device):
+    for chunk in _magnitude_chunks(base, tensor, size, work, base.device):
         inside = masks[:, : len(chunk)]
         for i, pivot in enumerate((high, high, low, low)):
             compare = np.less_equal if i % 2 else np.less
             below[i] += int(np.count_nonzero(compare(chunk.numpy(), pivot, out=inside[i])))
         between.append(chunk.numpy()[np.greater(inside[0], inside[3], out=inside[0])])
-        if below[0] - below[3] > n // 16:
+        if below[0] - below[3] > min(n // 16, MOST_BETWEEN):
             return None
     from_high, above_high, from_low, above_low = (n - count for count in below)
     if above_high < k <= from_high:
@@ -243,25 +248,27 @@ def _kth_by_sample(base: Tensor, tensor: Tensor, k: int) -> float | None:
     if from_high < k <= above_low:
         rest = np.concatenate(between)
         place = len(rest) - (k - from_high)
-        return float(np.partition(rest, place)[place])
+        rest.partition(place)
+        return float(rest[place])
     return float(low) if above_low < k <= from_low else None
 
 
-def _kth_by_counting(base: Tensor, tensor: Tensor, k: int, device: torch.device) -> float:
+def _kth_by_counting(
+    base: Tensor, tensor: Tensor, k: int, work: torch.dtype, device: torch.device
+) -> float:
     """Find the k-th largest by its digits.
 
     The bits of a float that is not negative are ordered like its value, so the answer is found 16
     bits at a time: count how often each value of the upper bits occurs, see in which the k-th
     largest lies, and go on with the next bits of the entries that share them.
     """
-    work = _work_dtype([base, tensor])
     width = 8 * work.itemsize
     size = min(base.numel(), COUNT_CHUNK if device.type == "cpu" else DEVICE_CHUNK)
     prefix = 0
     for shift in range(width - 16, -1, -16):
         # Digits are counted from 1, and all that is below or above them as 0 and DIGITS + 1.
         counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=device)
-        for chunk in _magnitude_chunks(base, tensor, size, device):
+        for chunk in _magnitude_chunks(base, tensor, size, work, device):
             digits = chunk.view(BITS[work]).bitwise_right_shift_(shift)
             _count(counts, digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1))
         at_least = counts[1:-1].flip(0).cumsum(0)  # entries with this digit, from the top, or above
@@ -280,16 +287,18 @@ def _count(counts: Tensor, digits: Tensor) -> None:
         counts.index_add_(0, digits, counts.new_ones(1).expand(len(digits)))
 
 
-def _trim_threshold(base: Tensor, tensor: Tensor, density: float, device: torch.device) -> float:
+def _trim_threshold(
+    base: Tensor, tensor: Tensor, density: float, work: torch.dtype, device: torch.device
+) -> float:
     """Return the largest float below the k-th largest |delta|, k = max(1, floor(density * n))."""
     k = max(1, math.floor(density * base.numel()))
     if k >= base.numel():
         return 0.0
-    largest = _kth_largest_magnitude(base, tensor, k, device)
-    kth = torch.tensor(largest, dtype=_work_dtype([base, tensor]))
+    kth = torch.tensor(_kth_largest_magnitude(base, tensor, k, work, device), dtype=work)
     return float(torch.nextafter(kth, torch.zeros_like(kth)))
 
 
+@torch.no_grad()
 def ties(
     base: Tensor,
     tensors: Sequence[Tensor],
@@ -325,8 +334,14 @@ def ties(
     flat_base = base.reshape(-1)
     flat = [t.reshape(-1) for t in tensors]
     thresholds = [
-        _trim_threshold(flat_base, t, d, device) for t, d in zip(flat, densities, strict=True)
+        _trim_threshold(flat_base, t, d, work, device)
+        for t, d, _ in zip(flat, densities, weights, strict=True)
     ]
+    if normalize and max(weights) > 0:  # by a power of two, which changes no bit of the result
+        scale = 2.0 ** -math.frexp(max(weights))[1]
+        weights = [w * scale for w in weights]
+    if any(abs(w) > LARGEST_WEIGHT for w in weights):
+        raise ValueError(f"ties needs weights up to {LARGEST_WEIGHT:g}, got {list(weights)}")
     smallest = max(min((w for w in weights if w > 0), default=1.0), torch.finfo(work).tiny)
     out = torch.empty_like(flat_base, dtype=dtype or base.dtype)
     size = _chunk_size(out.numel(), device)

@@ -8,6 +8,7 @@ import json
 import mmap
 import shutil
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +29,10 @@ from direct import DirectFile
 from problems import refuse, some
 from staging import staged
 
-AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written
-WORKERS = 4  # threads that compute tensors
+AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written; more for many workers
+WORKERS = 32  # threads that compute tensors, at most: each takes about 10 MB
+DEVICE_WORKERS = 4  # the same with an accelerator, whose memory holds the tensors of all
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def _combine(recipe: Recipe, tensors: list[Tensor], device: torch.device) -> Ten
         return recipe.combine([tensor.to(device) for tensor in tensors], device)
     except torch.OutOfMemoryError:  # which only accelerators raise
         pass  # and free what was tried, before trying again
-    return recipe.combine(tensors, device)
+    with ONE_AT_A_TIME:
+        return recipe.combine(tensors, device)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -139,11 +143,11 @@ def save(
     with staged(output, overwrite=overwrite) as folder:
         planned.model.save_pretrained(folder, state_dict={})  # the config and what belongs to it
         with (
-            workers(threads) as pool,
+            workers(threads, device) as pool,
             tqdm(total=planned.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
             names = [name for shard in shards.values() for name in shard]
-            tensors = computed(planned.plan, names, device, pool)
+            tensors = computed(planned.plan, names, device, pool, min(threads, WORKERS))
             for file, shard in shards.items():
                 _write_shard(folder / file, shard, planned, tensors, bar)
         if len(shards) > 1:
@@ -158,9 +162,9 @@ def save(
 
 
 @contextmanager
-def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Give a few threads, each of which may use its share of the processors inside torch."""
-    count = min(threads, WORKERS)
+def workers(threads: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Give a thread for each processor; where that is too many, torch divides the work of each."""
+    count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))
     pool = ThreadPoolExecutor(count)
@@ -172,18 +176,23 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def computed(
-    plan: Plan, names: Iterable[str], device: torch.device, pool: ThreadPoolExecutor
+    plan: Plan,
+    names: Iterable[str],
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    workers: int = 1,
 ) -> Iterator[Tensor]:
     """Yield the tensors of a plan in the order of the names, computed ahead by a pool.
 
-    No more than `AHEAD` bytes of results, or one tensor, wait to be taken; the sources of those
-    under way are being read from the disk meanwhile.
+    No more than `AHEAD` bytes of results (an eighth of that for each worker, if that is more), or
+    one tensor, wait to be taken; the sources of those under way are read from the disk meanwhile.
     """
+    limit = max(AHEAD, AHEAD // 8 * workers)
     waiting = deque(names)
     pending: deque[tuple[str, Future[Tensor]]] = deque()
     held = 0
     while waiting or pending:
-        while waiting and (not pending or held + plan[waiting[0]].nbytes <= AHEAD):
+        while waiting and (not pending or held + plan[waiting[0]].nbytes <= limit):
             name = waiting.popleft()
             held += plan[name].nbytes
             for source in plan[name].sources:

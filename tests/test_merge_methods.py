@@ -328,9 +328,11 @@ def test_every_way_finds_the_kth_largest(
     base = torch.zeros_like(model)
     k = max(1, math.floor(density * len(model)))
     expected = float(model.abs().sort(descending=True).values[k - 1])
-    counted = merge_methods._kth_by_counting(base.to(device), model.to(device), k, device)
-    streamed = merge_methods._kth_by_counting(base, model, k, device)
-    sampled = merge_methods._kth_by_sample(base, model, k)
+    counted = merge_methods._kth_by_counting(
+        base.to(device), model.to(device), k, torch.float32, device
+    )
+    streamed = merge_methods._kth_by_counting(base, model, k, torch.float32, device)
+    sampled = merge_methods._kth_by_sample(base, model, k, torch.float32)
     found = {repr(counted), repr(streamed), repr(sampled)}
     assert found <= {repr(expected), "None"}
     if kind in ("normal", "quantised", "one value"):
@@ -358,6 +360,48 @@ def test_ties_with_the_same_model_twice_is_that_model() -> None:
     model = finetunes(base, 1)[0]
     once = ties(base, [model], [1], [0.5])
     assert torch.equal(ties(base, [model, model], [0.4, 0.6], [0.5, 0.5]), once)
+
+
+def test_ties_trims_in_the_dtype_of_its_arithmetic() -> None:
+    """A float64 model beside a float32 one: its threshold is not rounded to float32."""
+    base = torch.tensor([0.0, 2**-25 * 1.2, 0.0, 0.0])
+    a = torch.tensor([1.0, 1.0, 0.5, 0.25])
+    merged = ties(base, [a, base.double()], [1, 1], [0.25, 1], normalize=False, dtype=torch.float64)
+    assert merged.tolist() == [1.0, float(base[1]), 0.0, 0.0]
+
+
+@pytest.mark.parametrize("weight", [1e-300, 1e-46, 1e-40, 1e-38, 1e38, 1e39, 1e300])
+def test_ties_of_one_normalised_model_does_not_depend_on_its_weight(weight: float) -> None:
+    model = torch.tensor([1e-3, 1.0, -2.5])
+    assert torch.equal(ties(torch.zeros(3), [model], [weight], [1.0]), model)
+
+
+def test_ties_refuses_weights_beyond_float32() -> None:
+    with pytest.raises(ValueError, match="weights up to 1e"):
+        ties(torch.zeros(2), [torch.ones(2)], [1e39], [1.0], normalize=False)
+
+
+def test_ties_needs_a_weight_for_each_model() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        ties(torch.zeros(2), [torch.ones(2)], [1.0, 99.0], [1.0])
+
+
+def test_parameters_of_modules_are_tensors_too() -> None:
+    one, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(3))
+    for result in (
+        linear([one, other], [1, 1]),
+        slerp(one, other, 0.5),
+        ties(other, [one], [1], [0.5]),
+    ):
+        assert not result.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slerp_of_nearly_opposite_tensors_rounds_correctly(dtype: torch.dtype) -> None:
+    a, noise = randoms(2, (33_000,), torch.float32)
+    b = (-a + 0.034 * noise).to(dtype)
+    a = a.to(dtype)
+    assert ulps(slerp(a, b, 0.1), slerp_oracle(a, b, 0.1)).max() <= 0.51
 
 
 def test_ties_counts_an_exact_tie_of_votes_as_plus() -> None:

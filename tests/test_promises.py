@@ -18,6 +18,7 @@ import torch
 from conftest import Make, contents, loads_clean, stored
 
 import bakllama
+import cli
 import main
 import saving
 import staging
@@ -545,3 +546,13 @@ def test_what_does_not_fit_a_device_is_computed_there_in_chunks() -> None:
     result = saving._combine(recipe, tensors, torch.device("meta"))
     assert result.tolist() == [3.0, 3.0, 3.0]
     assert calls == [(["meta", "meta"], "meta"), (["cpu", "cpu"], "meta")]
+
+
+def test_a_device_without_memory_is_an_error_of_the_user(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(argv: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    assert cli.run(work, []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: CUDA out of memory")
