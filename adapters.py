@@ -34,8 +34,6 @@ UNSUPPORTED = (
 ).split()
 # Initialisations after which the base is still the one that was published.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
 WRAPPERS = re.compile(r"\.base_layer\.|\.modules_to_save\.(default\.)?")
 DEFAULT_ALPHA = 8  # peft's
 
@@ -194,11 +192,12 @@ class _Names:
         self._stored: dict[str, list[str]] = {}
         for name, parameter in self._parameters.items():
             self._stored.setdefault(parameter, []).append(name)
-        self._skeleton = skeleton
+        self._prefix = f"{skeleton.base_model_prefix}."
+        self._modules = dict(skeleton.named_modules())
 
     def stored(self, parameter: str) -> str:
         """Return the stored name; of parameters fused of several tensors, none."""
-        prefix = f"{self._skeleton.base_model_prefix}."
+        prefix = self._prefix
         current = self._current[parameter]
         for name in (parameter, prefix + parameter, parameter.removeprefix(prefix), current):
             if name in self._parameters:
@@ -210,7 +209,7 @@ class _Names:
     def is_flipped(self, stored: str) -> bool:
         """Whether a weight is stored as inputs by outputs, as GPT-2's are."""
         module = self._parameters.get(stored, stored).rpartition(".")[0]
-        return isinstance(dict(self._skeleton.named_modules()).get(module), Conv1D)
+        return isinstance(self._modules.get(module), Conv1D)
 
 
 def _untie(

@@ -140,14 +140,15 @@ def save(
     where it cannot be written, ValueError for values that are not finite.
     """
     shards = planned.shards(max_shard_size)
+    count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
     with staged(output, overwrite=overwrite) as folder:
         planned.model.save_pretrained(folder, state_dict={})  # the config and what belongs to it
         with (
-            workers(threads, device) as pool,
+            workers(count, threads) as pool,
             tqdm(total=planned.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
             names = [name for shard in shards.values() for name in shard]
-            tensors = computed(planned.plan, names, device, pool, min(threads, WORKERS))
+            tensors = computed(planned.plan, names, device, pool, count)
             for file, shard in shards.items():
                 _write_shard(folder / file, shard, planned, tensors, bar)
         if len(shards) > 1:
@@ -162,9 +163,8 @@ def save(
 
 
 @contextmanager
-def workers(threads: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Give a thread for each processor; where that is too many, torch divides the work of each."""
-    count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
+def workers(count: int, threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Give so many threads; torch divides the work of each, so that all use `threads`."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))
     pool = ThreadPoolExecutor(count)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
 
-REST = ("all tensors", "the rest")  # instead of a filter
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -105,15 +103,18 @@ def places(
 
 def layer_values(schedule: Schedule, tensors: Mapping[str, float]) -> list[str]:
     """Say as text which values a schedule gives to how many tensors, by their places."""
-    words: list[tuple[str, Sequence[float]]] = [*schedule.filters]
-    if any(not any(matches(word, name) for word, _ in words) for name in tensors):
-        words.append((REST[bool(words)], schedule.values))
     lines = []
     rest = dict(tensors)
-    for word, values in words:
-        taken = {n: place for n, place in rest.items() if word in REST or matches(word, n)}
-        rest = {name: place for name, place in rest.items() if name not in taken}
+
+    def add(label: str, taken: Mapping[str, float], values: Sequence[float]) -> None:
         at = sorted(set(taken.values())) if len(values) > 1 else [0.0]
         text = " ".join(f"{interpolate(values, place):.4g}" for place in at)
-        lines.append(f"{word} ({len(taken)}): {text}")
+        lines.append(f"{label} ({len(taken)}): {text}")
+
+    for word, values in schedule.filters:
+        taken = {name: place for name, place in rest.items() if matches(word, name)}
+        rest = {name: place for name, place in rest.items() if name not in taken}
+        add(word, taken, values)
+    if rest:
+        add("the rest" if schedule.filters else "all tensors", rest, schedule.values)
     return lines
