@@ -67,7 +67,7 @@ def main() -> None:
     c = torch.randn(SHAPE, generator=generator).bfloat16()
     cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "linear": (lambda: linear([a, b], WEIGHTS), lambda: naive_linear(a, b)),
-        "slerp": (lambda: slerp(a, c, 0.5), lambda: naive_slerp(a, c)),
+        "slerp": (lambda: slerp([a, c], 0.5), lambda: naive_slerp(a, c)),
         "ties": (
             lambda: ties(base, [a, b], WEIGHTS, [0.5, 0.5]),
             lambda: naive_ties(base, a, b),

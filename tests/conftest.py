@@ -1,56 +1,22 @@
-"""Tiny checkpoints, made on demand, and readers that do not go through the code under test."""
+"""Tiny checkpoints, made on demand, and places to write to."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from architectures import DECODERS
-from safetensors.torch import load_file
+from helpers import Make, contents, every_device
 
 tf.utils.logging.set_verbosity_error()
 tf.utils.logging.disable_progress_bar()
-
-Make = Callable[..., Path]
-
-
-def every_device() -> list[str]:
-    """Return every device that this PyTorch can compute on."""
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    return devices
 
 
 @pytest.fixture(params=every_device())
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a checkpoint's safetensors files."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def loads_clean(folder: Path, auto: type = tf.AutoModelForCausalLM) -> tf.PreTrainedModel:
-    """Load a checkpoint, and fail if transformers finds anything missing or left over."""
-    model, report = auto.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return model
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder, by name."""
-    folder = Path(folder)
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +53,23 @@ def output(tmp_path: Path) -> Iterator[Path]:
     parent = tmp_path / "out"
     left = [p.name for p in parent.iterdir() if p.name != "model"] if parent.exists() else []
     assert left == []
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return the bytes and modification times of all files below a folder."""
+    return {
+        name: (content, (folder / name).stat().st_mtime_ns)
+        for name, content in contents(folder).items()
+    }
+
+
+@pytest.fixture
+def inputs(make: Make, tmp_path: Path) -> Iterator[list[str]]:
+    """Give copies of a base and two models, and check that nothing touches them."""
+    names = ["base", "a", "b"]
+    folder = tmp_path / "inputs"
+    for seed, name in enumerate(names):
+        shutil.copytree(make("mixtral", seed), folder / name)
+    before = state(folder)
+    yield [str(folder / name) for name in names]
+    assert state(folder) == before

@@ -5,38 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers as tf
-from conftest import Make, loads_clean, stored
+from helpers import Make, fails, loads_clean, make_adapter, stored
 from safetensors.torch import load_file, save_file
-from test_main import fails
 
 import bakllama
-import files
 import main
 
 QV = ["q_proj", "v_proj"]
-
-
-def make_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """Save an adapter of random values, and the merged model that peft makes of it."""
-    torch.manual_seed(seed)
-    dtype = tf.AutoConfig.from_pretrained(base).dtype
-    model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": QV} | settings
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
-    wrapped.save_pretrained(folder / "adapter")
-    base_again = tf.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    merged = peft.PeftModel.from_pretrained(base_again, folder / "adapter").merge_and_unload()
-    merged.save_pretrained(folder / "merged", save_original_format=True)
-    for file in base.glob("tokenizer*"):
-        shutil.copy(file, folder / "merged")
-    return folder / "adapter"
 
 
 def as_written(model: str, output: Path) -> dict[str, torch.Tensor]:
@@ -142,9 +120,6 @@ def test_layers_of_an_adapted_model_can_be_stacked(
         assert torch.equal(stored(output)[name], source[name])
 
 
-# -------------------------------------------------------------------- refusals
-
-
 def change_config(adapter: Path, **changes: Any) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -158,7 +133,8 @@ def change_tensors(adapter: Path, edit: Any) -> None:
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
-X = "base_model.model.x"
+
+
 FAULTS: dict[str, tuple[Any, str]] = {
     "dora": (lambda a: change_config(a, use_dora=True), "has use_dora"),
     "other kind": (lambda a: change_config(a, peft_type="IA3"), "of type IA3, expected LORA"),
@@ -245,29 +221,6 @@ def test_the_output_may_not_be_in_an_adapter(
     assert "lies in the input" in fails(capsys, adapter / "out", *arguments)
 
 
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        ("org/base+org/lora", ("org/base", "org/lora")),
-        ("org/base@v1+./lora", ("org/base@v1", "./lora")),
-        ("base+lora", ("base", "lora")),
-        ("here+there", ("here+there", None)),  # exists as a whole
-        ("here+there+lora", ("here+there", "lora")),
-        ("org/name", ("org/name", None)),
-    ],
-)
-def test_base_and_adapter_are_split(
-    given: str, expected: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("here+there", "lora", "there"):
-        (tmp_path / name).mkdir()
-    assert files.split_adapter(given) == expected
-
-
-# -------------------------------------------------------------------- odd adapters
-
-
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "alpha of zero": ("llama", {"lora_alpha": 0}),
     "whole embedding, factors of the head, tied": (
@@ -321,10 +274,3 @@ def test_a_base_that_stores_only_the_head_of_a_tie(
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, headed / "model.safetensors", metadata={"format": "pt"})
     assert_like_peft(as_written(f"{headed}+{adapter}", output), base, tmp_path)
-
-
-@pytest.mark.parametrize("model", ["base+", "+adapter", "+"])
-def test_an_empty_half_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main.main(["out", "--base-model", "x", "--merge", model])
-    assert "expected BASE+ADAPTER, one of them is empty" in capsys.readouterr().err

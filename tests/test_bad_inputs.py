@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Make, contents, stored
+from helpers import Make, contents, stored
 from safetensors.torch import save_file
 
 import bakllama
@@ -119,6 +119,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "weight -inf": (command("out --base-model good --merge other --weight=-inf"), "--weight"),
     "weight word": (command("out --base-model good --merge other --weight much"), "'much'"),
     "weight negative": (command("out --base-model good --merge other --weight -1"), "--no-normal"),
+    "weight beyond float32": (
+        command("out --base-model good --merge other --weight 1e39 --no-normalize"),
+        "1e+39",
+    ),
     "weight missing": (command("out --method linear --merge good"), "--weight"),
     "weights overflow": (
         command("out --method linear --merge good --weight 1e308 --merge other --weight 1e308"),
@@ -193,6 +197,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         command(f"{'x' * 250} --base-model good --merge other"),
         "name is too long",
     ),
+    "output with a null": (command("out\0 --base-model good --merge other"), "null"),
     "empty name": (lambda root: ["out", "--base-model", "good", "--merge", ""], "--merge"),
     "no such user": (command("out --base-model good --merge ~nobody-here/m"), "~nobody-here/m"),
     "output not empty": (make_output("config.json"), "--overwrite"),
@@ -214,6 +219,14 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "quantised": (config(quantization_config={"quant_method": "awq"}), "quantised (awq)"),
     "adapter": (adapter, "LoRA adapter"),
+    "text config a number": (config(text_config=5), "broken"),
+    "prediction layers a word": (
+        lambda root: (
+            config(num_nextn_predict_layers="x")(root)
+            or "out --base-model broken --merge good".split()
+        ),
+        "broken",
+    ),
     "other width": (config(hidden_size=64), "hidden_size is 64, expected the 32"),
     "other depth": (config(num_hidden_layers=5), "num_hidden_layers is 5, expected the 6"),
     "other architecture": (gpt2, "gpt2"),
@@ -367,6 +380,10 @@ STACKS = {
     "empty range": ("layer_slices: [{model: good, start: 3, end: 3}]", "start < end"),
     "range reversed": ("layer_slices: [{model: good, start: 3, end: 1}]", "start < end"),
     "range too long": ("layer_slices: [{model: good, start: 0, end: 7}]", "0 to 6 of good"),
+    "range beyond integers": (
+        f"layer_slices: [{{model: good, start: 0, end: {10**20}}}]",
+        "layer_slices[0]",
+    ),
     "key twice": (
         "layer_slices: [{model: good, start: 0, end: 1, start: 2}]",
         "layer_slices[0].start: given twice",

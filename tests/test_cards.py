@@ -2,32 +2,23 @@
 
 import shlex
 import shutil
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from conftest import Make, stored
+from helpers import COMMIT, Make, cached, stored
 from huggingface_hub import ModelCard
+from transformers import PretrainedConfig
 
 import bakllama
-import cards
 import main
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def cached(made: Path, cache: Path, repo: str, card: str = "") -> Path:
-    """Put a model where the Hub's cache has it, and return its snapshot."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / COMMIT
-    shutil.copytree(made, snapshot)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(COMMIT)
-    if card:
-        (snapshot / "README.md").write_text(card)
-    return snapshot
+from merging.models.checkpoints import Checkpoint
+from merging.recipes.methods import LINEAR
+from merging.recipes.numbers import Schedule
+from merging.recipes.recipe import Recipe, Slice, Source
+from merging.runs import cards
 
 
 def metadata(output: Path) -> dict[str, object]:
@@ -45,8 +36,8 @@ def test_a_card_of_hub_models(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cache = tmp_path / "cache"
     front = "---\nlicense: apache-2.0\nlanguage: [en, de]\ntags: [chat]\n---\n# {}\n"
-    cached(make("llama", 1), cache, "org/one", front.format("one"))
-    cached(make("llama", 2), cache, "org/two", front.format("two"))
+    cached(make("llama", 1), cache, "org/one", card=front.format("one"))
+    cached(make("llama", 2), cache, "org/two", card=front.format("two"))
     arguments = [str(output), "--cache-dir", str(cache), "--method", "linear"]
     arguments += ["--merge", "org/one", "--weight", "1,0", "--merge", "org/two", "--weight", "0.5"]
     assert main.main(arguments) == 0
@@ -115,60 +106,32 @@ def test_a_card_of_a_stack_has_its_yaml(make: Make, tmp_path: Path, output: Path
     assert metadata(output)["tags"] == ["merge", "layer-stack"]
 
 
-def test_no_card_if_none_is_wanted_or_can_be_made(
-    make: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_card_if_none_is_wanted(make: Make, tmp_path: Path) -> None:
     arguments = ["--base-model", str(make("llama")), "--merge", str(make("llama", 1))]
     assert main.main([str(tmp_path / "one"), *arguments, "--no-model-card"]) == 0
-    assert not (tmp_path / "one" / "README.md").exists()
+    assert stored(tmp_path / "one") and not (tmp_path / "one" / "README.md").exists()
 
+
+def test_a_card_that_cannot_be_made_is_a_defect_known_before_writing(
+    make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> str:
         raise RuntimeError("no card today")
 
     monkeypatch.setattr(cards, "model_card", fail)
-    capsys.readouterr()
-    assert main.main([str(tmp_path / "two"), *arguments]) == 0
-    assert "warning: no model card could be made: no card today" in capsys.readouterr().err
-    assert stored(tmp_path / "two") and not (tmp_path / "two" / "README.md").exists()
+    arguments = ["--base-model", str(make("llama")), "--merge", str(make("llama", 1))]
+    with pytest.raises(RuntimeError, match="no card today"):
+        main.main([str(output), *arguments])
+    assert not output.parent.exists()
 
 
-# -------------------------------------------------------------------- what is printed, and where
-
-
-def test_the_output_path_alone_is_on_stdout(
-    make: Make, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(output), "--base-model", str(make("llama")), "--merge", str(make("llama", 1))]
-    assert main.main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == ""
-    for options in ([], ["--quiet", "--overwrite"], ["--verbose", "--overwrite"]):
-        assert main.main([*arguments, *options]) == 0
-        printed = capsys.readouterr()
-        assert printed.out == f"{output}\n"
-        assert ("model.norm.weight [32] bfloat16: merged, " in printed.err) == (
-            "--verbose" in options
-        )
-        assert bool(printed.err) == ("--quiet" not in options)
-    assert main.main(arguments) == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main.main(["--version"])
-    assert "0.1.0 (torch 2.13.0" in capsys.readouterr().out
-
-
-def test_a_model_whose_path_nobody_reads_is_a_success(make: Make, tmp_path: Path) -> None:
-    command = [sys.executable, main.__file__, tmp_path / "out", "--base-model", make("llama")]
-    command += ["--merge", make("llama", 1), "--quiet"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert stored(tmp_path / "out")
+def card_of(folders: Sequence[Path], title: str = "title", **to: Any) -> str:
+    """Return the card of an average of models in these folders."""
+    inputs = [Checkpoint(str(folder), folder, PretrainedConfig(), {}) for folder in folders]
+    once = {"weight": Schedule((1.0,))}
+    sources = tuple(Source(checkpoint.name, once) for checkpoint in inputs)
+    recipe = Recipe(LINEAR, (Slice(sources),), values={"normalize": True})
+    return cards.model_card(title, inputs, recipe, [], to.get("made_by", {}))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +150,13 @@ def test_odd_metadata_is_normalised_or_left_out(
     for number, front in enumerate(fronts):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "README.md").write_text(f"---\n{front}\n---\n")
-    assert cards._agreed([tmp_path / str(number) for number in range(len(fronts))]) == agreed
+    card = card_of([tmp_path / str(number) for number in range(len(fronts))])
+    found = yaml.safe_load(card.split("---\n")[1])
+    assert found == agreed | {"library_name": "transformers", "tags": ["merge", "linear"]}
 
 
 def test_names_cannot_break_a_card() -> None:
-    assert cards._code("a`b\n# c") == "`` a`b # c ``"
-    assert cards._fenced("```\nx", "yaml") == "````yaml\n```\nx\n````"
+    text = card_of([Path("a`b\n# c")], title="a`b\n# c", made_by={"yaml": "```\nx"})
+    assert "\n# `` a`b # c ``\n" in text
+    assert "\n- `` a`b # c ``, a local directory\n" in text
+    assert "\n````yaml\n```\nx\n````\n" in text

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Make, loads_clean
-from test_adapters import make_adapter
+from helpers import Make, loads_clean, make_adapter
 
 import bakllama
 import main
@@ -78,7 +77,8 @@ def test_the_stack_of_the_examples_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_messages_that_the_readme_explains_exist() -> None:
-    source = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("*.py"))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("merging/**/*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
     source = re.sub(r'"\n\s*f?"', "", source)  # parts of one string
     table = (ROOT / "README.md").read_text().split("## When something is refused")[1].split("##")[0]
     messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)

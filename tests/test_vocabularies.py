@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from conftest import Make, loads_clean, stored
+from helpers import Make, loads_clean, make_other, stored, word_level
+from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from safetensors.torch import save_file
-from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
@@ -18,17 +18,13 @@ import bakllama
 import main
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 METHODS = {
     "ties": ["--density", "0.4"],
     "linear": ["--method", "linear", "--weight", "0.5"],
     "slerp": ["--method", "slerp", "--weight", "0.3"],
 }
-
-
-def word_level(tokens: Sequence[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
 
 
 def byte_level(tokens: Sequence[str]) -> Tokenizer:
@@ -47,6 +43,8 @@ def sentencepiece(tokens: Sequence[str]) -> Tokenizer:
 
 
 KINDS = {"words": word_level, "bytes": byte_level, "sentencepiece": sentencepiece}
+
+
 TOKENS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(90))]  # 93, padded to 96 rows
 
 
@@ -251,141 +249,6 @@ def test_heads_tied_in_one_model_only(make: Make, tmp_path: Path, output: Path) 
     assert not loads_clean(output).config.tie_word_embeddings
 
 
-# -------------------------------------------------------------------- other architectures
-
-_BERT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_BERT |= {"intermediate_size": 48, "max_position_embeddings": 64}
-_TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-_VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-OTHER_CLASSES = {
-    "bert": (tf.BertModel, tf.BertConfig(**_BERT)),
-    "bert masked": (tf.BertForMaskedLM, tf.BertConfig(**_BERT)),
-    "bert classifier": (tf.BertForSequenceClassification, tf.BertConfig(**_BERT, num_labels=3)),
-    "roberta": (tf.RobertaForMaskedLM, tf.RobertaConfig(**_BERT)),
-    "llama classifier": (
-        tf.LlamaForSequenceClassification,
-        tf.LlamaConfig(**_TEXT, num_labels=2, pad_token_id=0),
-    ),
-    "t5": (
-        tf.T5ForConditionalGeneration,
-        tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-    ),
-    "t5 untied": (
-        tf.T5ForConditionalGeneration,
-        tf.T5Config(
-            vocab_size=96,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            tie_word_embeddings=False,
-        ),
-    ),
-    "bart": (
-        tf.BartForConditionalGeneration,
-        tf.BartConfig(
-            vocab_size=96,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_position_embeddings=64,
-        ),
-    ),
-    "gemma3 vision": (
-        tf.Gemma3ForConditionalGeneration,
-        tf.Gemma3Config(
-            text_config=tf.Gemma3TextConfig(**_TEXT).to_dict(),
-            vision_config=tf.SiglipVisionConfig(**_VISION).to_dict(),
-            mm_tokens_per_image=4,
-        ),
-    ),
-    "qwen2-vl": (
-        tf.Qwen2VLForConditionalGeneration,
-        tf.Qwen2VLConfig(
-            text_config={k: v for k, v in _TEXT.items() if k != "head_dim"}
-            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
-            vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
-        ),
-    ),
-    "gemma3n": (  # which has a second embedding, with rows for each token and layer
-        tf.Gemma3nForCausalLM,
-        tf.Gemma3nTextConfig(
-            **_TEXT,
-            vocab_size_per_layer_input=96,
-            hidden_size_per_layer_input=8,
-            num_kv_shared_layers=0,
-            laurel_rank=4,
-            altup_num_inputs=2,
-            activation_sparsity_pattern=[0.0, 0.0],
-            layer_types=["sliding_attention", "full_attention"],
-        ),
-    ),
-    "vit": (tf.ViTForImageClassification, tf.ViTConfig(**_VISION)),
-    "resnet": (
-        tf.ResNetForImageClassification,
-        tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
-    ),
-    "clip": (
-        tf.CLIPModel,
-        tf.CLIPConfig(
-            text_config=_BERT | {"eos_token_id": 2}, vision_config=_VISION, projection_dim=16
-        ),
-    ),
-}
-
-
-def make_other(name: str, seed: int, folder: Path) -> dict[str, Tensor]:
-    cls, config = OTHER_CLASSES[name]
-    network = cls(type(config).from_dict(config.to_dict())).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for buffer in network.buffers():
-            if not buffer.is_floating_point():
-                buffer.add_(seed)
-    network.save_pretrained(folder)
-    return stored(folder)
-
-
-@pytest.mark.parametrize("name", OTHER_CLASSES)
-def test_other_classes_merge(
-    name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    of_donor = make_other(name, 1, tmp_path / "a")
-    of_other = make_other(name, 2, tmp_path / "b")
-    assert merge("linear", output, tmp_path / "a", tmp_path / "b") == 0
-    result = stored(output)
-    assert result.keys() == of_donor.keys()
-    for tensor, value in result.items():
-        if value.is_floating_point():
-            oracle = linear_oracle([of_donor[tensor], of_other[tensor]], [0.5, 0.5], True)
-            assert ulps(value, oracle).max() <= 0.51
-        else:
-            assert torch.equal(value, of_donor[tensor])  # the donor's, not an average
-            assert name != "resnet" or not torch.equal(value, of_other[tensor])
-    loads_clean(output, OTHER_CLASSES[name][0])
-
-
-@pytest.mark.parametrize("name", ["gemma3 vision", "qwen2-vl", "t5"])
-def test_models_of_several_parts_are_not_stacked(
-    name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_other(name, 1, tmp_path / "a")
-    config = tmp_path / "stack.yml"
-    config.write_text(f"layer_slices: [{{model: {tmp_path / 'a'}, start: 0, end: 1}}]")
-    assert bakllama.main([str(config), str(output)]) == 2
-    text = capsys.readouterr().err
-    assert "encoder-decoder" in text or "its text model alone" in text
-
-
 @pytest.mark.parametrize("name", ["t5", "bert masked", "gemma3 vision", "qwen2-vl", "gemma3n"])
 def test_vocabularies_of_other_classes(
     name: str, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
@@ -439,43 +302,3 @@ def test_a_broken_tokenizer_is_a_clear_error(
     (other / "tokenizer.json").write_text(json.dumps(broken))
     assert merge("linear", output, donor, other) == 2
     assert f"{other}: its tokenizer cannot be read" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [(True, False), (False, True)])
-def test_nested_tie_flags(flags: tuple[bool, bool], tmp_path: Path, output: Path) -> None:
-    """A head may be tied by the config as a whole or by its text part."""
-    for seed, name in ((1, "a"), (2, "b")):
-        folder = tmp_path / name
-        make_other("qwen2-vl", seed, folder)
-        config = json.loads((folder / "config.json").read_text())
-        config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = flags
-        (folder / "config.json").write_text(json.dumps(config))
-        tensors = stored(folder)
-        tensors.pop(HEAD, None)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert merge("linear", output, tmp_path / "a", tmp_path / "b") == 0
-    result = stored(output)
-    assert result.keys() == stored(tmp_path / "a").keys()
-    name = next(name for name in result if name.endswith("embed_tokens.weight"))
-    pair = [stored(tmp_path / folder)[name] for folder in "ab"]
-    assert ulps(result[name], linear_oracle(pair, [0.5, 0.5], True)).max() <= 0.51
-    loads_clean(output, OTHER_CLASSES["qwen2-vl"][0])
-
-
-@pytest.mark.parametrize("order", [(True, False), (False, True)])
-def test_masked_heads_tied_in_one_model_only(
-    order: tuple[bool, bool], tmp_path: Path, output: Path
-) -> None:
-    folders = []
-    for seed, tied in enumerate(order):
-        torch.manual_seed(seed)
-        config = tf.BertConfig(**_BERT, tie_word_embeddings=tied)
-        network = tf.BertForMaskedLM(config).to(torch.bfloat16)
-        folders.append(tmp_path / str(seed))
-        network.save_pretrained(folders[-1])
-    assert merge("linear", output, *folders) == 0
-    embedding, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-    values = [stored(folder) for folder in folders]
-    oracle = linear_oracle([v.get(head, v[embedding]) for v in values], [0.5, 0.5], True)
-    assert ulps(stored(output)[head], oracle).max() <= 0.51
-    loads_clean(output, tf.BertForMaskedLM)

@@ -5,64 +5,62 @@ Everything is read from the inputs' own folders; no network is used.
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from yaml import YAMLError
 
-from checkpoints import Checkpoint
-from files import hub_origin, split_adapter
+from merging.models.checkpoints import Checkpoint
+from merging.models.hub import origin
+from merging.recipes.model_names import split_adapter
+from merging.recipes.recipe import Recipe, table
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
 
 
-class Method(NamedTuple):
-    """What a card says of how the tensors were made."""
-
-    name: str
-    equation: str
-    source: str  # a link, or nothing
-
-
 def model_card(
     title: str,
-    inputs: Iterable[Checkpoint],
-    method: Method,
-    resolved: str,
+    inputs: Sequence[Checkpoint],
+    recipe: Recipe,
+    notes: Sequence[str],
     made_by: Mapping[str, str],
 ) -> str:
     """Return a model card: metadata that the Hub understands, and a description.
 
     `made_by` is the command, and the text of the file that it reads, if any, by language.
     """
+    method = "layer stack" if recipe.is_stack else recipe.method.name
     sources = [source for checkpoint in inputs for source in _sources(checkpoint)]
-    origins = {name: hub_origin(name, folder) for name, folder in sources}
-    ids = [origin[0] for origin in origins.values() if origin]
+    origins = {name: origin(name, folder) for name, folder in sources}
+    ids = [found[0] for found in origins.values() if found]
     data = ModelCardData(
         base_model=list(dict.fromkeys(ids)) or None,  # the Hub takes nothing but its own ids here
         base_model_relation="merge" if ids else None,
         library_name="transformers",
-        tags=["merge", method.name.lower().replace(" ", "-")],
+        tags=["merge", method.replace(" ", "-")],
         **_agreed([folder for _, folder in sources]),
     )
     models = [
-        f"- {_code(name)}" + (f", revision `{origin[1]}`" if origin else ", a local directory")
-        for name, origin in origins.items()
+        f"- {_code(name)}" + (f", revision `{found[1]}`" if found else ", a local directory")
+        for name, found in origins.items()
     ]
-    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    link = f" ([{recipe.method.paper}]({recipe.method.link}))" if recipe.method.link else ""
     body = [
         f"# {_code(title)}",
         "A merge of language models, tensor by tensor.",
         "## Method",
-        f"{method.name}: {method.equation}" + f" ({method.source})" * bool(method.source),
-        _fenced(resolved, "text"),
+        f"{method}: {recipe.method.equation}{link}",
+        _fenced("\n".join([table(recipe), *notes]), "text"),
         "## Models",
         "\n".join(models),
         "## Made by",
         *(_fenced(text, language) for language, text in made_by.items()),
-        f"With Python {sys.version.split()[0]}, {', '.join(versions)}.",
+        f"With Python {sys.version.split()[0]}, "
+        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+        + ".",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
 
@@ -84,8 +82,8 @@ def _sources(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
     """Return the names and folders of a model and of its adapter, if it has one."""
     model, adapter = split_adapter(checkpoint.name)
     if adapter is None or checkpoint.adapter is None:
-        return [(checkpoint.name, checkpoint.path)]
-    return [(model, checkpoint.path), (adapter, checkpoint.adapter)]
+        return [(checkpoint.name, checkpoint.folder)]
+    return [(model, checkpoint.folder), (adapter, checkpoint.adapter)]
 
 
 def _agreed(folders: Sequence[Path]) -> dict[str, Any]:
@@ -120,5 +118,5 @@ def _metadata(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(metadata_load(folder / "README.md") or {})
-    except Exception:  # a card that cannot be read says nothing
+    except (ValueError, OSError, RecursionError, YAMLError):  # what cannot be read says nothing
         return {}

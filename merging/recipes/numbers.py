@@ -4,11 +4,9 @@
 in the middle. `self_attn:0,1` is so only for tensors with `self_attn` in their name.
 """
 
-import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,22 @@ class Schedule:
         return " ".join([*filtered, _listed(self.values)])
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A factor for all tensors, or one for each of several modules: nested ones multiply."""
+
+    factors: float | Mapping[str, float] = 1.0
+
+    def at(self, name: str, place: float = 0.0) -> float:
+        if not isinstance(self.factors, Mapping):
+            return float(self.factors)
+        parts = name.split(".")
+        return math.prod(float(f) for module, f in self.factors.items() if module in parts)
+
+    def __str__(self) -> str:
+        return str(self.factors)
+
+
 def _listed(values: Iterable[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
@@ -47,9 +61,7 @@ def parse_values(text: str) -> tuple[str | None, tuple[float, ...]]:
     word, _, numbers = text.rpartition(":")
     word = word.strip()
     values = tuple(float(number) for number in numbers.split(","))
-    if not all(-float("inf") < value < float("inf") for value in values):
-        raise ValueError
-    if ":" in text and not word.strip("."):
+    if not all(map(math.isfinite, values)) or (":" in text and not word.strip(".")):
         raise ValueError
     return word or None, values
 
@@ -69,42 +81,10 @@ def interpolate(values: Sequence[float], place: float) -> float:
     return values[before] * (1 - rest) + values[before + 1] * rest
 
 
-def places(
-    names: Iterable[str], before: Container[str], depth: int, beyond: int = 0
-) -> dict[str, float]:
-    """Map names of tensors to their places: i / (n - 1) for layer i of n, else 0 or 1.
-
-    0 for those `before` the layers (embeddings), 1 for all others (final norm, head). Each stack of
-    numbered layers (encoder, decoder, vision tower) counts its own; numbered modules that are made
-    of no others, as in the two linears of a projector, are no layers. Those `beyond` the `depth` of
-    a decoder, which predict more tokens, are at 1.
-    """
-    names = list(names)
-    sizes: dict[str, int] = {}
-    composite = set()
-    for name in names:
-        if match := NUMBERED.match(name):
-            sizes[match["stack"]] = max(sizes.get(match["stack"], 0), int(match["index"]) + 1)
-            if "." in match["part"]:
-                composite.add(match["stack"])
-
-    def place(name: str) -> float:
-        match = NUMBERED.match(name)
-        if any(part.startswith("mtp") for part in name.split(".")):
-            return 1.0
-        if not match or match["stack"] not in composite:
-            return 0.0 if name in before else 1.0
-        size = sizes[match["stack"]]
-        size -= beyond if size == depth + beyond else 0
-        return min(1.0, int(match["index"]) / (size - 1)) if size > 1 else 0.0
-
-    return {name: place(name) for name in names}
-
-
-def layer_values(schedule: Schedule, tensors: Mapping[str, float]) -> list[str]:
-    """Say as text which values a schedule gives to how many tensors, by their places."""
+def values_by_place(schedule: Schedule, places: Mapping[str, float]) -> list[str]:
+    """Say as text which values a schedule gives to how many tensors, from first layer to last."""
     lines = []
-    rest = dict(tensors)
+    rest = dict(places)
 
     def add(label: str, taken: Mapping[str, float], values: Sequence[float]) -> None:
         at = sorted(set(taken.values())) if len(values) > 1 else [0.0]

@@ -8,20 +8,21 @@ whole (modules_to_save, biases) replace the model's.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import architecture as arch
-from checkpoints import FLOAT_DTYPES, Change, Checkpoint, TensorInfo, read_tensors
-from files import ADAPTER_CONFIG, adapter_weights, read_json
-from problems import refuse, some
+from merging.models.checkpoints import Checkpoint, changed_config
+from merging.models.folders import ADAPTER_CONFIG, adapter_weights, read_json
+from merging.models.structure import Structure
+from merging.models.tensors import LazyTensor
+from merging.models.weight_files import read_file
+from merging.problems import Problems, collecting, refuse, some
 
 BLOCK = 1 << 20  # elements of a weight that are changed at a time
 PREFIX = "base_model.model."
@@ -49,42 +50,30 @@ class Factors(NamedTuple):
 def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = False) -> Checkpoint:
     """Return a checkpoint as a LoRA adapter changes it.
 
-    Raises ValueError for other kinds of adapters, and for tensors that do not fit the checkpoint.
+    Raises Problems for other kinds of adapters, and for tensors that do not fit the checkpoint.
     """
     config = read_json(checkpoint.name, folder / ADAPTER_CONFIG)
     refuse([f"{checkpoint.name}: {problem}" for problem in _unsupported(config)])
-    file = adapter_weights(checkpoint.name, folder)
-    reader, headers = read_tensors(file)
-    factors, whole, problems = _sorted_keys(headers)
-
-    cls = arch.model_class(checkpoint.config, checkpoint.path, trust_remote_code)
-    skeleton, misfits = arch.assemble(cls, checkpoint.config, checkpoint.tensors)
-    refuse([f"{checkpoint.name}: {misfit}" for misfit in misfits])
-    ties = arch.possible_ties(skeleton, checkpoint.tensors)
-    [checkpoint] = arch.aligned([checkpoint], skeleton.base_model_prefix, ties)
-    tied = {t: ties[t] for t in arch.tied_names(checkpoint, ties)}
+    stored = read_file(checkpoint.name, adapter_weights(checkpoint.name, folder))
+    factors, whole, problems = _sorted_keys(stored)
+    structure = Structure(checkpoint, trust_remote_code)
+    checkpoint = structure.renamed(checkpoint)
+    tied = {target: structure.ties[target] for target in structure.tied(checkpoint)}
     asked = [*whole.values(), *(f"{module}.weight" for module in factors)]
-    names = _Names(skeleton, checkpoint, asked)
+    names = _Names(structure, checkpoint, asked)
 
-    tensors = {n: info for n, info in checkpoint.tensors.items() if n not in tied}
+    tensors = {n: tensor for n, tensor in checkpoint.tensors.items() if n not in tied}
     replaced: set[str] = set()
-    changes: dict[TensorInfo, tuple[Change, ...]] = {}
     # The weights under factors come last: a tied head's is the embedding, unless that is replaced.
     for key, parameter in sorted(whole.items(), key=lambda item: ".base_layer." in item[0]):
         name = names.stored(parameter)
         of_base = ".base_layer." in key
         place = tied[name] if of_base and name in tied and tied[name] not in replaced else name
         original = checkpoint.tensors.get(tied.get(name, name))
-        if original is None:
-            problems.append(f"the adapter's {key} matches no tensor of the model")
-        elif original.shape != headers[key].shape:
-            problems.append(
-                f"the adapter's {key} is {headers[key].shape}, the model has {original.shape}; "
-                "resize the model's vocabulary first, if that is what the adapter was trained with"
-            )
-        else:
-            tensors[place] = headers[key]._replace(dtype=original.dtype)
-            changes[tensors[place]] = (_cast(original.dtype),)
+        if problem := _misfit(key, stored[key], original):
+            problems.append(problem)
+        elif original is not None:
+            tensors[place] = _cast(stored[key], original.dtype)
             replaced |= set() if of_base else {place}
     untied = _untie(checkpoint, tensors, tied, replaced)
     for module, found in factors.items():
@@ -93,29 +82,27 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
         if place not in tensors:
             problems.append(f"the adapter's {found.a} matches no tensor of the model")
             continue
-        a, b = reader(found.a), reader(found.b)
         flipped = found.is_embedding or names.is_flipped(place)
-        shape = (b.shape[0], a.shape[1])[:: -1 if flipped else 1] if a.ndim == b.ndim == 2 else ()
-        if shape != tensors[place].shape or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-            problems.append(
-                f"the adapter's {found.a} {tuple(a.shape)} and {found.b} {tuple(b.shape)} do not "
-                f"make a change of {place} {tensors[place].shape}"
-            )
-            continue
-        left, right = (a.T, b.T) if flipped else (b, a)
-        change = _add_product(left, right, _scale(config, module, a.shape[0]))
-        changes[tensors[place]] = (*changes.get(tensors[place], ()), change)
+        rank = stored[found.a].shape[0] if stored[found.a].shape else 0
+        scale = _scale(config, module, rank) if rank else 0.0
+        with collecting(problems):
+            pair = (stored[found.a], stored[found.b])
+            tensors[place] = _with_product(tensors[place], place, pair, scale, flipped)
     refuse([f"{checkpoint.name}: {problem}" for problem in problems])
-    return replace(
-        checkpoint,
-        config=arch.changed_config(checkpoint.config, tie_word_embeddings=False)
-        if untied
-        else checkpoint.config,
-        tensors=tensors,
-        changes=changes,
-        adapter=folder,
-        readers={**checkpoint.readers, file: reader},
-    )
+    changes = {"tie_word_embeddings": False} if untied else {}
+    config_after = changed_config(checkpoint.config, **changes) if changes else checkpoint.config
+    return replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
+
+
+def _misfit(key: str, found: LazyTensor, original: LazyTensor | None) -> str | None:
+    if original is None:
+        return f"the adapter's {key} matches no tensor of the model"
+    if original.shape != found.shape:
+        return (
+            f"the adapter's {key} is {found.shape}, the model has {original.shape}; resize the "
+            "model's vocabulary first, if that is what the adapter was trained with"
+        )
+    return None
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -149,16 +136,16 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def _sorted_keys(
-    headers: Mapping[str, TensorInfo],
+    stored: Mapping[str, LazyTensor],
 ) -> tuple[dict[str, Factors], dict[str, str], list[str]]:
     """Sort an adapter's tensors into pairs by module, and whole ones by key: and what is odd."""
     halves: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     problems = []
-    for key, header in headers.items():
+    for key, tensor in stored.items():
         name = key.removeprefix(PREFIX)
-        if header.dtype not in FLOAT_DTYPES:
-            problems.append(f"the adapter's {key} is {header.dtype}, expected a floating dtype")
+        if not tensor.is_floating:
+            problems.append(f"the adapter's {key} is {tensor.dtype}, expected a floating dtype")
         elif match := FACTOR.match(name):
             found = halves.setdefault(match["module"], {})
             if match["factor"] in found:
@@ -176,7 +163,7 @@ def _sorted_keys(
             problems.append(
                 f"expected two factors of {module} in the adapter, found {some(found.values())}"
             )
-    if not headers:
+    if not stored:
         problems.append("the adapter holds no tensors")
     return factors, whole, problems
 
@@ -184,16 +171,14 @@ def _sorted_keys(
 class _Names:
     """Find stored tensors by the names that they have as parameters, as adapters call them."""
 
-    def __init__(
-        self, skeleton: PreTrainedModel, checkpoint: Checkpoint, asked: Iterable[str]
-    ) -> None:
-        self._current = arch.module_names(skeleton, asked)  # of those that older versions gave
-        self._parameters = arch.module_names(skeleton, checkpoint.tensors)
+    def __init__(self, structure: Structure, checkpoint: Checkpoint, asked: Iterable[str]) -> None:
+        self._structure = structure
+        self._current = structure.parameters_of(asked)  # of those that older versions gave
+        self._parameters = structure.parameters_of(checkpoint.tensors)
         self._stored: dict[str, list[str]] = {}
         for name, parameter in self._parameters.items():
             self._stored.setdefault(parameter, []).append(name)
-        self._prefix = f"{skeleton.base_model_prefix}."
-        self._modules = dict(skeleton.named_modules())
+        self._prefix = f"{structure.model.base_model_prefix}."
 
     def stored(self, parameter: str) -> str:
         """Return the stored name; of parameters fused of several tensors, none."""
@@ -208,13 +193,12 @@ class _Names:
 
     def is_flipped(self, stored: str) -> bool:
         """Whether a weight is stored as inputs by outputs, as GPT-2's are."""
-        module = self._parameters.get(stored, stored).rpartition(".")[0]
-        return isinstance(self._modules.get(module), Conv1D)
+        return isinstance(self._structure.module_of(self._parameters.get(stored, stored)), Conv1D)
 
 
 def _untie(
     checkpoint: Checkpoint,
-    tensors: dict[str, TensorInfo],
+    tensors: dict[str, LazyTensor],
     tied: Mapping[str, str],
     replaced: set[str],
 ) -> bool:
@@ -238,21 +222,37 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _cast(dtype: torch.dtype) -> Change:
-    return lambda tensor: tensor.to(dtype)
+def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(tensor.label, tensor.shape, dtype, lambda: tensor.read().to(dtype), (tensor,))
 
 
-def _add_product(left: Tensor, right: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
-    """Return the change that adds scale * left @ right, a few rows at a time."""
+def _with_product(
+    weight: LazyTensor, name: str, pair: tuple[LazyTensor, LazyTensor], scale: float, flipped: bool
+) -> LazyTensor:
+    """Return weight + scale * B A, for a pair A and B, or its transpose if `flipped`.
 
-    def change(weight: Tensor) -> Tensor:
-        result = torch.empty(weight.shape, dtype=weight.dtype)
-        rows = max(1, BLOCK // max(1, weight.shape[1]))
-        wide = right.double()
-        for start in range(0, len(weight), rows):
+    It is computed a few rows at a time. Raises Problems if the shapes do not fit.
+    """
+    a, b = pair
+    is_pair = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0
+    shape = (b.shape[0], a.shape[1])[:: -1 if flipped else 1] if is_pair else ()
+    if not is_pair or shape != weight.shape:
+        labels = [factor.label.rpartition(": ")[2] for factor in pair]
+        raise Problems(
+            f"the adapter's {labels[0]} {a.shape} and {labels[1]} {b.shape} do not make a change "
+            f"of {name} {weight.shape}"
+        )
+
+    def read() -> Tensor:
+        before, left, right = weight.read(), b.read(), a.read().double()
+        if flipped:
+            left, right = right.T, left.T.double()
+        result = torch.empty(before.shape, dtype=before.dtype)
+        rows = max(1, BLOCK // max(1, before.shape[1]))
+        for start in range(0, len(before), rows):
             block = slice(start, start + rows)
-            product = left[block].double() @ wide
-            result[block] = product.mul_(scale).add_(weight[block])
+            product = left[block].double() @ right
+            result[block] = product.mul_(scale).add_(before[block])
         return result
 
-    return change
+    return LazyTensor(weight.label, weight.shape, weight.dtype, read, (weight, a, b))

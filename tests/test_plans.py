@@ -1,17 +1,15 @@
-"""Layer gradients and name filters, against an oracle that knows each architecture's names."""
+"""What each tensor is made of: gradients, filters, and what a plan says of itself."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Make, loads_clean, stored
-from test_main import fails
-from test_merge_methods import linear_oracle, slerp_oracle, ties_oracle, ulps
+from helpers import Make, fails, loads_clean, stored, ties_command
+from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 
-import architecture as arch
 import main
-from schedules import Schedule, interpolate, parse_values, places
 
 # Of each architecture: how a layer's names start, what comes before the layers, and the words that
 # a recipe may filter by.
@@ -23,6 +21,8 @@ SHAPES = {
     "mixtral": (r"model\.layers\.(\d+)\.", {"model.embed_tokens.weight"})
     + (("self_attn", "block_sparse_moe"),),
 }
+
+
 LAYERS = 6
 
 
@@ -31,77 +31,6 @@ def expected_place(name: str, pattern: str, before: set[str]) -> float:
     if match:
         return int(match[1]) / (LAYERS - 1)
     return 0.0 if name in before else 1.0
-
-
-# -------------------------------------------------------------------- numbers
-
-
-@pytest.mark.parametrize(
-    "text, word, values",
-    [
-        ("0.5", None, (0.5,)),
-        ("0,0.5,1", None, (0.0, 0.5, 1.0)),
-        ("-0.5,1", None, (-0.5, 1.0)),
-        ("self_attn:0,1", "self_attn", (0.0, 1.0)),
-        ("mlp.down_proj:1e-1", "mlp.down_proj", (0.1,)),
-    ],
-)
-def test_values_are_parsed(text: str, word: str | None, values: tuple[float, ...]) -> None:
-    assert parse_values(text) == (word, values)
-
-
-@pytest.mark.parametrize("text", ["", "a", "0,", ",1", "0;1", "nan", "0,inf", ":1", "mlp:", ".:1"])
-def test_what_is_no_list_of_numbers_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_values(text)
-
-
-@pytest.mark.parametrize(
-    "values, place, expected",
-    [
-        ((3.0,), 0.4, 3.0),
-        ((0.0, 1.0), 0.0, 0.0),
-        ((0.0, 1.0), 1.0, 1.0),
-        ((0.0, 1.0), 0.25, 0.25),
-        ((0.0, 0.5, 0.0), 0.5, 0.5),
-        ((0.0, 0.5, 0.0), 0.75, 0.25),
-        ((1.0, 0.0, 4.0), 1.0, 4.0),
-        ((-1.0, 1.0), 0.5, 0.0),
-    ],
-)
-def test_values_are_interpolated_linearly(
-    values: tuple[float, ...], place: float, expected: float
-) -> None:
-    assert interpolate(values, place) == pytest.approx(expected, abs=1e-15)
-
-
-def test_the_first_filter_that_matches_a_component_wins() -> None:
-    schedule = Schedule((0.5,), (("self_attn", (0.0, 1.0)), ("mlp.down_proj", (0.9,))))
-    assert schedule.at("model.layers.3.self_attn.q_proj.weight", 0.25) == 0.25
-    assert schedule.at("model.layers.3.mlp.down_proj.weight", 0.25) == 0.9
-    assert schedule.at("model.layers.3.mlp.up_proj.weight", 0.25) == 0.5
-    assert schedule.at("model.layers.3.my_self_attn.weight", 0.25) == 0.5  # not a component
-    assert str(schedule) == "self_attn:0,1 mlp.down_proj:0.9 0.5"
-
-
-def test_places_of_odd_models() -> None:
-    """Two stacks, layers that predict more tokens, a stack of one layer."""
-    names = [f"vision.layers.{i}.m.w" for i in range(3)]
-    names += [f"text.layers.{i}.m.w" for i in range(6)]
-    names += ["text.embed.weight", "head.weight", "single.layers.0.m.w", "mtp.layers.0.m.w"]
-    names += [f"merger.mlp.{i}.weight" for i in (0, 2)] + [f"embeds.{i}.weight" for i in range(4)]
-    found = places(names, {"text.embed.weight", *names[-4:]}, depth=5, beyond=1)
-    assert [found[f"vision.layers.{i}.m.w"] for i in range(3)] == [0, 0.5, 1]
-    assert [found[f"text.layers.{i}.m.w"] for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert (found["text.embed.weight"], found["head.weight"]) == (0, 1)
-    assert {found[f"merger.mlp.{i}.weight"] for i in (0, 2)} == {found["mtp.layers.0.m.w"]} == {1}
-    assert {found[f"embeds.{i}.weight"] for i in range(4)} == {0}
-    assert found["single.layers.0.m.w"] == 0
-    experts = places([f"m.layers.{i}.experts.{e}.w" for i in range(3) for e in range(9)], (), 3)
-    assert found and {experts[f"m.layers.1.experts.{e}.w"] for e in range(9)} == {0.5}
-
-
-# -------------------------------------------------------------------- merges
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -161,8 +90,8 @@ def test_what_each_layer_gets_is_shown(
     assert main.main([*arguments, "--weight", "mlp:1,0", "--weight", "0,0.5"]) == 0
     text = capsys.readouterr().err
     assert "t = mlp:1,0 0,0.5" in text
-    assert "weight, mlp (18): 1 0.8 0.6 0.4 0.2 0\n" in text
-    assert "weight, the rest (39): 0 0.1 0.2 0.3 0.4 0.5\n" in text
+    assert "t, mlp (18): 1 0.8 0.6 0.4 0.2 0\n" in text
+    assert "t, the rest (39): 0 0.1 0.2 0.3 0.4 0.5\n" in text
 
 
 def test_filters_that_match_nothing_are_refused(
@@ -188,24 +117,42 @@ def test_weights_that_cancel_in_one_layer_are_refused_before_writing(
     assert not output.exists()
 
 
-@pytest.mark.parametrize(
-    "name, is_before",
-    [
-        ("model.embed_tokens.weight", True),
-        ("transformer.word_embeddings_layernorm.weight", True),
-        ("model.decoder.project_in.weight", True),
-        ("vision_model.class_embedding", True),
-        ("vision_tower.pre_layrnorm.weight", True),
-        ("vision_model.layernorm_pre.weight", True),
-        ("model.encoder.conv1.weight", True),
-        ("model.norm.weight", False),
-        ("model.decoder.project_out.weight", False),
-        ("model.multi_modal_projector.mm_soft_emb_norm.weight", False),
-        ("model.altup_unembed_projections.0.weight", False),
-        ("mtp.pre_fc_norm_embedding.weight", False),
-        ("model.embedding_norm.weight", False),  # LFM2's final norm
-    ],
-)
-def test_names_tell_what_stands_before_the_layers(name: str, is_before: bool) -> None:
-    before = arch.BEFORE_LAYERS.search(name) and not arch.AFTER_LAYERS.search(name)
-    assert bool(before) == is_before
+# -------------------------------------------------------------------- a plan shown
+
+
+def test_a_dry_run_prints_the_plan(
+    inputs: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(ties_command(output, inputs)) == 0
+    tensors, shards = stored(output), len(list(output.glob("*.safetensors")))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    shutil.rmtree(output)
+    capsys.readouterr()
+    assert main.main(ties_command(output, inputs, "--dry-run")) == 0
+    text = capsys.readouterr().err
+    for part in (
+        "method: ties, normalized",
+        f"{inputs[1]}",
+        f"donor: {inputs[0]}, MixtralForCausalLM",
+        f"tensors: {len(tensors)} merged",
+        f"dtype: bfloat16 ({len(tensors)})",
+        "ignored: none",
+        f"reads {3 * size / 1e6:.2f} MB, writes {size / 1e6:.2f} MB in {shards} shards",
+        "of memory",
+    ):
+        assert part in text
+    assert not output.exists()
+
+
+def test_other_meanings_of_the_same_tensors_are_warned_about(
+    make: Make, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make("llama", 0)
+    other = make(
+        "llama", 1, rms_norm_eps=1e-5, num_attention_heads=8, num_key_value_heads=4, head_dim=4
+    )
+    assert main.main([str(output), "--base-model", str(base), "--merge", str(other)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "; the output has" in line]
+    assert len(lines) == 4
+    assert any(f"{other}: rms_norm_eps is 1e-05, in {base} it is 1e-06" in line for line in lines)
+    assert any("num_attention_heads is 8" in line for line in lines)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from merging.problems import Problems
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks
 STOP_SIGNALS = [
@@ -28,7 +30,7 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a directory to write in; when the `with` ends well, it becomes `output`.
 
     With `overwrite` an existing output is replaced, whole. On any error or interruption all that
-    was written is removed, with the parent directories that were made for it. Raises ValueError if
+    was written is removed, with the parent directories that were made for it. Raises Problems if
     another run is writing the same output.
     """
     output = output.resolve()
@@ -40,7 +42,7 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
             try:
                 _recover(replaced, output)
                 if not overwrite and output.is_dir() and any(output.iterdir()):
-                    raise ValueError(f"{output}: not empty; another run has written it meanwhile")
+                    raise Problems(f"{output}: not empty; another run has written it meanwhile")
                 yield staging
                 _sync(staging)
                 with uninterrupted():
@@ -112,7 +114,7 @@ def _lock(directory: Path, message: str) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(message) from None
+            raise Problems(message) from None
         except FileNotFoundError:  # renamed by a run that ended just now
             pass
         os.close(descriptor)

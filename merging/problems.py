@@ -1,13 +1,13 @@
-"""Report everything that is wrong with a user's input at once, in one error."""
+"""What a user can mend, reported at once in one error. Whatever else is raised is a defect."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-class Problems(ValueError):
+class Problems(Exception):
     """One or more problems of a user's input; the message lists them, sorted."""
 
-    def __init__(self, problems: Iterable[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         self.problems = sorted(set(problems))
         listed = "".join(f"\n  - {problem}" for problem in self.problems)
         one = len(self.problems) == 1
@@ -17,7 +17,7 @@ class Problems(ValueError):
 def refuse(problems: Iterable[str]) -> None:
     """Raise Problems if there are any."""
     if listed := list(problems):
-        raise Problems(listed)
+        raise Problems(*listed)
 
 
 @contextmanager
@@ -27,15 +27,20 @@ def collecting(problems: list[str]) -> Iterator[None]:
         yield
     except Problems as error:
         problems += error.problems
-    except (ValueError, OSError) as error:
+    except OSError as error:
         problems.append(explain(error))
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """Return an error's message; of a failed system call, the file and the cause."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -1,18 +1,23 @@
 """Match vocabularies by token: which row of a model's embedding is which row of the donor's."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from problems import some
+from merging.models.checkpoints import Checkpoint
+from merging.models.structure import Structure
+from merging.models.tensors import MISSING, LazyTensor, with_rows
+from merging.problems import Problems, collecting, first_line, refuse, some
+
+# Changes a tensor of a model, by its stored name, to have the rows of the donor's of that role.
+Matcher = Callable[[Checkpoint, str, LazyTensor], LazyTensor]
 
 # Files from which transformers can build a tokenizer when there is no tokenizer.json.
 VOCABULARY_FILES = (
     "tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model source.spm "
     "tekken.json qwen.tiktoken tiktoken.model"
 ).split()
-MISSING = -1
 
 
 class Vocabulary(NamedTuple):
@@ -26,7 +31,7 @@ class Vocabulary(NamedTuple):
 def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
     """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
 
-    Raises ValueError if the tokenizer's files cannot be read.
+    Raises Problems if the tokenizer's files cannot be read.
     """
     try:
         if (folder / "tokenizer.json").is_file():
@@ -48,10 +53,9 @@ def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int]
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
-        cause = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be read ({cause}); repair it, or remove its files to "
-            "match rows by number"
+        raise Problems(
+            f"{folder}: its tokenizer cannot be read ({first_line(error)}); repair it, or remove "
+            "its files to match rows by number"
         ) from error
 
 
@@ -99,13 +103,13 @@ def match(donor: Vocabulary, model: Vocabulary) -> list[int] | None:
 
     Rows without a token (padding) match by number where both have them. None if the rows are the
     same, one for one. Without tokenizers, vocabularies of one size match by number; raises
-    ValueError if they differ in size.
+    Problems if they differ in size.
     """
     if donor.tokens is None or model.tokens is None:
         if donor.rows == model.rows:
             return None
         nameless = donor.model if donor.tokens is None else model.model
-        raise ValueError(
+        raise Problems(
             f"{model.model}: its vocabulary has {model.rows} rows, that of {donor.model} "
             f"{donor.rows}, and {nameless} has no tokenizer to match them by; add its tokenizer's "
             "files, or give both the same rows with transformers' resize_token_embeddings"
@@ -153,3 +157,47 @@ def report(
             listed = some(map(repr, dropped))
             lines.append(f"vocabulary: {len(dropped)} tokens of {name} are dropped ({listed})")
     return lines
+
+
+def match_vocabularies(
+    structure: Structure, donor: Checkpoint, *models: Checkpoint, trust: bool = False
+) -> tuple[Matcher, list[str]]:
+    """Match the vocabularies of models with the donor's, by token.
+
+    Returns what matches the rows of their tensors with the donor's, and lines for the user. Raises
+    Problems.
+    """
+    as_it_is: Matcher = lambda model, name, given: model.tensors[name]  # noqa: E731
+    embedding = structure.embedding_name(donor.tensors)
+    if embedding is None:
+        return as_it_is, []
+    problems: list[str] = []
+    vocabularies: dict[Checkpoint, Vocabulary] = {}
+    for checkpoint in dict.fromkeys((donor, *models)):
+        if embedding in checkpoint.tensors:  # else it is reported as missing
+            with collecting(problems):
+                tokens = read_tokens(checkpoint.folder, trust)
+                size = checkpoint.tensors[embedding].shape[0]
+                vocabularies[checkpoint] = Vocabulary(checkpoint.name, size, tokens)
+    refuse(problems)
+    matches: dict[Checkpoint, list[int] | None] = {}
+    for checkpoint, vocabulary in vocabularies.items():
+        with collecting(problems):
+            matches[checkpoint] = match(vocabularies[donor], vocabulary)
+    refuse(problems)
+    named = {checkpoint.name: found for checkpoint, found in vocabularies.items()}
+    notes = report(vocabularies[donor], named, {c.name: rows for c, rows in matches.items()})
+    if not any(matches.values()):
+        return as_it_is, notes
+    dims = structure.vocabulary_dims({n for c in matches for n in c.tensors})
+
+    def matched(model: Checkpoint, name: str, given: LazyTensor) -> LazyTensor:
+        tensor, rows = model.tensors[name], matches.get(model)
+        if rows is None or name not in dims:
+            return tensor
+        wanted = given.shape[dims[name]]
+        if wanted > len(rows):
+            return tensor  # a difference of shapes, reported as such
+        return with_rows(tensor, dims[name], rows[:wanted], given)
+
+    return matched, notes

@@ -1,0 +1,1 @@
+"""What is there: checkpoints, their structure, layers, vocabularies and adapters."""

@@ -1,0 +1,175 @@
+"""The folders of models: which files they have, and which of them an output gets.
+
+Nothing here loads torch or transformers, so that a mistyped path is reported at once.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from merging.models.hub import download
+from merging.problems import Problems, first_line, some
+from merging.recipes.model_names import as_path, is_local
+
+# Weight files in the order in which transformers prefers them, each with its index of shards.
+WEIGHT_FILES = {
+    "model.safetensors": "model.safetensors.index.json",
+    "pytorch_model.bin": "pytorch_model.bin.index.json",
+}
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER_FILES = re.compile(
+    r"^(tokeniz[^/]*|[^/]*_tokenizer[^/]*\.json|tekken\.json|bpe\.codes|vocab\.[^/]*|merges\.txt"
+    r"|special_tokens_map\.json|added_tokens\.json|[^/]*\.(model|tiktoken|spm)|[^/]*\.bpe)$"
+    r"|^dict\.txt$|^vocab-[^/]*\.json$|chat_template"
+)
+# What else a model's folder needs to be used and passed on: settings, code, licence.
+MODEL_FILES = re.compile(
+    r"^(generation_config\.json|[^/]*processor[^/]*\.json|feature_extract[^/]*\.json|[^/]+\.py"
+    r"|(licen[cs]e|notice|copying|copyright|use_policy|usage_policy)[^/]*"
+    r"|modules\.json|[^/]*sentence_[^/]*\.json|\d+_\w+/config\.json"  # of sentence-transformers
+    r"|id2label\.json|label2id\.json)$",
+    re.IGNORECASE,
+)
+
+
+def find_model(model: str, cache_dir: str | None = None) -> Path:
+    """Return the folder of a model; of a Hub id, a snapshot that has all but the weights so far.
+
+    Raises Problems if there is none, and for what is no model to merge.
+    """
+    folder = as_path(model)
+    if not is_local(model):
+        folder = download(model, cache_dir)
+    elif not folder.exists():
+        raise Problems(f"{model}: looked for a local directory, there is none")
+    elif not folder.is_dir():
+        raise Problems(f"{model}: expected a directory with a model, found a file")
+    _check_config(model, folder)
+    return folder
+
+
+def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
+    """Return the folder of a LoRA adapter; of a Hub id, a snapshot of the adapter alone."""
+    folder = as_path(adapter)
+    if not is_local(adapter):
+        folder = download(adapter, cache_dir, [ADAPTER_CONFIG, *ADAPTER_FILES, "README.md"])
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise Problems(f"{adapter}: no {ADAPTER_CONFIG} in {folder}, so it is no adapter")
+    return folder
+
+
+def adapter_weights(model: str, folder: Path) -> Path:
+    """Return the weight file of an adapter."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise Problems(f"{model}: no {' or '.join(ADAPTER_FILES)} in {folder}")
+
+
+def read_json(model: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise Problems(f"{model}: {file.name} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise Problems(f"{model}: {file.name} holds no JSON object")
+    return content
+
+
+def _check_config(model: str, folder: Path) -> None:
+    """Refuse a folder without a config, an adapter, and a quantised model, by name."""
+    if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise Problems(
+                f"{model}: a LoRA adapter, not a whole model; name it with its base model, as "
+                f"BASE+{model}"
+            )
+        raise Problems(f"{model}: no config.json in {folder}, so it is not a model")
+    config = read_json(model, folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        quantisation = part.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            raise Problems(
+                f"{model}: quantised ({method or quantisation}); expected plain weights, merge the "
+                "model that it was quantised from"
+            )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return an index's map from tensor to file; the files must lie beside the index."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Problems(f"{index}: expected a JSON index with a weight_map: {error!r}") from error
+    outside = {file for file in entries.values() if Path(file).name != file or "\\" in file}
+    if outside:
+        raise Problems(f"{index}: expected files beside the index, found {some(outside)}")
+    return entries
+
+
+def fetch_weights(model: str, folder: Path, cache_dir: str | None = None) -> None:
+    """Download the weights of a Hub model into its snapshot, in one format; nothing if local."""
+    if is_local(model):
+        return
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repo, commit = model.partition("@")[0], folder.name
+    try:
+        for single, index in WEIGHT_FILES.items():
+            try:
+                hf_hub_download(repo, single, revision=commit, cache_dir=cache_dir)
+                return
+            except EntryNotFoundError:  # not on the Hub; offline, not in the cache
+                pass
+            if (folder / index).exists():
+                shards = sorted(set(weight_map(folder / index).values()))
+                snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=shards)
+                return
+    except Problems:
+        raise
+    except Exception as error:
+        raise Problems(
+            f"{model}: its weights could not be downloaded: {first_line(error)}"
+        ) from error
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files that transformers would load, and what their index says, if any."""
+    for single, index in WEIGHT_FILES.items():
+        if (folder / single).is_file():
+            return [folder / single], None
+        if (folder / index).is_file():
+            listed = weight_map(folder / index)
+            shards = sorted(set(listed.values()))
+            missing = [file for file in shards if not (folder / file).is_file()]
+            if missing:
+                raise Problems(f"{folder}: {index} names {some(missing)}, missing there")
+            return [folder / file for file in shards], listed
+    raise Problems(
+        f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}, or an index of shards"
+    )
+
+
+def files_of_a_model(donor: Path, tokenizer_from: Path | None) -> dict[str, Path]:
+    """List a donor's files that belong to a model, beside its config and weights, which are made.
+
+    Those of the tokenizer come from another folder, or from none.
+    """
+    own = {name: path for name, path in _plain_files(donor) if MODEL_FILES.match(name)}
+    files = {name: path for name, path in own.items() if not TOKENIZER_FILES.search(name)}
+    if tokenizer_from is not None:
+        files |= {n: path for n, path in _plain_files(tokenizer_from) if TOKENIZER_FILES.search(n)}
+    return files
+
+
+def _plain_files(folder: Path) -> list[tuple[str, Path]]:
+    """Return the files of a folder and of the folders in it, by name, but not the hidden ones."""
+    found = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    named = [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
+    return [(name, path) for name, path in named if "/." not in f"/{name}"]

@@ -1,0 +1,61 @@
+"""Tensors that are read when they are needed: as files store them, or made of some that they do."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MISSING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor that is known by its label, shape and dtype, and can be read."""
+
+    label: str  # what messages call it: the model, and its name there
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor] = field(repr=False)
+    parts: tuple["LazyTensor", ...] = field(default=(), repr=False)  # what it is made of
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+    def stored(self) -> Iterator["LazyTensor"]:
+        """Yield the tensors of files that are read for it: itself, or what its parts are made of.
+
+        Reading one of these maps it into memory, without a copy.
+        """
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.stored()
+
+
+def with_rows(tensor: LazyTensor, dim: int, rows: Sequence[int], other: LazyTensor) -> LazyTensor:
+    """Return the tensor whose entries along `dim` are those `rows` of a tensor.
+
+    Where a row is MISSING, or beyond the tensor, the other's entry of that place takes it.
+    """
+    chosen = torch.tensor(rows)
+    chosen[chosen >= tensor.shape[dim]] = MISSING
+    missing = (chosen < 0).nonzero().flatten()
+    chosen = chosen.clamp_min_(0)
+
+    def read() -> Tensor:
+        gathered = tensor.read().index_select(dim, chosen)
+        if len(missing):
+            others = other.read().index_select(dim, missing)
+            gathered = gathered.to(torch.promote_types(gathered.dtype, others.dtype))
+            gathered.index_copy_(dim, missing, others.to(gathered.dtype))
+        return gathered
+
+    shape = (*tensor.shape[:dim], len(rows), *tensor.shape[dim + 1 :])
+    return LazyTensor(tensor.label, shape, tensor.dtype, read, (tensor,))

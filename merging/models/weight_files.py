@@ -1,0 +1,98 @@
+"""Open weight files without reading their tensors: these are mapped into memory when used."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from merging.models.folders import weight_files
+from merging.models.tensors import LazyTensor
+from merging.problems import Problems, collecting, first_line, refuse, some
+
+SAFETENSORS_DTYPES = {  # in the order in which a file has them
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_folder(model: str, folder: Path) -> dict[str, LazyTensor]:
+    """Return all tensors of a model's folder by name; reads the headers of its files only.
+
+    Problems tell all that is wrong: files missing, truncated, corrupt or not as the index says,
+    and tensors that are stored twice or in a dtype that cannot be merged.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    file_of: dict[str, str] = {}
+    problems: list[str] = []
+    files, listed = weight_files(folder)
+    for file in files:
+        with collecting(problems):
+            for name, tensor in read_file(model, file).items():
+                if name in tensors:
+                    problems.append(f"{name} is stored twice, in {file_of[name]} and {file.name}")
+                tensors[name], file_of[name] = tensor, file.name
+    if listed is not None and not problems:
+        lost = listed.keys() - tensors.keys()
+        moved = {n for n in listed.keys() & tensors.keys() if file_of[n] != listed[n]}
+        if lost or moved:
+            problems.append(
+                f"the index names {some(lost | moved)}, which the shards do not hold so; "
+                "expected an index and shards of one save, download or save the model again"
+            )
+    refuse(f"{model}: {problem}" for problem in problems)
+    return tensors
+
+
+def read_file(model: str, file: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a weight file, by name."""
+    if file.suffix == ".safetensors":
+        return _read_safetensors(model, file)
+    return _read_pickle(model, file)
+
+
+def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
+    try:
+        opened: Any = safe_open(file, framework="pt")
+        views = {name: opened.get_slice(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise Problems(f"{file}: not a whole safetensors file: {error}") from error
+    tensors = {}
+    for name, view in views.items():
+        dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+        if dtype is None:
+            raise Problems(
+                f"{file}: {name} is stored as {view.get_dtype()}, which cannot be merged; "
+                "dequantise the model first"
+            )
+        shape, read = tuple(view.get_shape()), partial(opened.get_tensor, name)
+        tensors[name] = LazyTensor(f"{model}: {name}", shape, dtype, read)
+    return tensors
+
+
+def _read_pickle(model: str, file: Path) -> dict[str, LazyTensor]:
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds, about a user's file
+        raise Problems(
+            f"{file}: cannot be read as plain tensors: {first_line(error)} "
+            "Convert it to safetensors, with transformers' save_pretrained, if you trust it."
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        for name, tensor in found.items()
+    ):
+        raise Problems(f"{file}: expected a dictionary of named, dense tensors")
+    tensors = {}
+    for name, tensor in found.items():
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+            raise Problems(f"{file}: {name} is {tensor.dtype}, which cannot be merged")
+        shape, read = tuple(tensor.shape), partial(Tensor.detach, tensor)
+        tensors[name] = LazyTensor(f"{model}: {name}", shape, tensor.dtype, read)
+    return tensors

@@ -1,0 +1,1 @@
+"""What will be done: for each output tensor, from what and how. Computes nothing."""

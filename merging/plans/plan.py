@@ -1,0 +1,92 @@
+"""A plan: what every tensor of the output is made of, and how. It is data, and can be shown."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from merging.models.tensors import FLOAT_DTYPES, LazyTensor
+from merging.problems import some
+from merging.recipes.methods import Method
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """How an output tensor is made: by a method of the sources, or as a copy of the only one."""
+
+    sources: tuple[LazyTensor, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    method: Method | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    has_base: bool = False  # whether the first source is the base of the others
+
+    @property
+    def how(self) -> str:
+        return "copied" if self.method is None else self.method.done
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to be made: its tensors, its class and config, and the stored tensors left out."""
+
+    donor: str
+    tensors: Mapping[str, PlannedTensor]
+    model: PreTrainedModel  # of the output's class and config, without values
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the user should know of it
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    return requested if requested and stored in FLOAT_DTYPES else stored
+
+
+def lines(plan: Plan) -> str:
+    """Return how each tensor is made, one a line."""
+    return "\n".join(
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {tensor.how}, "
+        + ", ".join(source.label for source in tensor.sources)
+        for name, tensor in plan.tensors.items()
+    )
+
+
+def summary(plan: Plan, shards: int, libraries: int) -> str:
+    """Return what a plan will read, make and write, as text.
+
+    `libraries` is the memory, in bytes, that is taken whatever the plan is.
+    """
+    tensors = plan.tensors.values()
+    ways = Counter(tensor.how for tensor in tensors)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    read = {part: part.nbytes for t in tensors for source in t.sources for part in source.stored()}
+    largest = max((tensor.nbytes for tensor in tensors), default=0)
+    lines = [
+        f"donor: {plan.donor}, {type(plan.model).__name__}",
+        f"tensors: {', '.join(f'{count} {way}' for way, count in ways.most_common())}",
+        f"dtype: {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
+        f"ignored: {some(plan.ignored) or 'none'}",
+        f"reads {gigabytes(sum(read.values()))}, writes {gigabytes(plan.nbytes)} in "
+        f"{shards} shard{'s' * (shards != 1)}, needs about "
+        f"{gigabytes(2 * largest + libraries)} of memory besides mapped files",
+        *plan.notes,
+    ]
+    return "\n".join(lines)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,146 @@
+"""Plan a model: say of every output tensor what it is made of, or all that is in the way."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig
+
+from merging.models.checkpoints import Checkpoint, changed_config, says_tied
+from merging.models.structure import Structure, assemble
+from merging.models.tensors import LazyTensor
+from merging.models.vocabularies import match_vocabularies
+from merging.plans.layouts import Layout, stacked_layers, whole_models
+from merging.plans.plan import Plan, PlannedTensor, output_dtype
+from merging.plans.stacked_config import stacked_config
+from merging.problems import refuse, some
+from merging.recipes.methods import PASSTHROUGH
+from merging.recipes.numbers import matches, values_by_place
+from merging.recipes.recipe import Recipe
+
+
+def plan_model(
+    recipe: Recipe,
+    models: Mapping[str, Checkpoint],
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Say how each tensor of a model is made of the tensors that the named models store.
+
+    Rows of embeddings and heads are matched by token. Raises Problems with all that does not fit:
+    tensors that are missing, extra or of another shape, layers that a model does not have.
+    """
+    donor = models[recipe.models[0]]
+    structure = Structure(donor, trust_remote_code)
+    models = {name: structure.renamed(model) for name, model in models.items()}
+    lay_out = stacked_layers if recipe.is_stack else whole_models
+    layout = lay_out(recipe, models, structure)
+    match, notes = match_vocabularies(structure, *layout.vocabularies, trust=trust_remote_code)
+    tensors: dict[str, PlannedTensor] = {}
+    refusals: list[str] = []
+    for name, role in layout.roles.items():
+        if any(stored not in model.tensors for model, stored in role.operands):
+            continue
+        first, stored = role.operands[0]
+        given = role.given or first.tensors[stored]
+        sources = tuple(match(model, stored, given) for model, stored in role.operands)
+        arguments = recipe.arguments(role.part, name, role.place)
+        tensors[name] = _planned(recipe, given, sources, arguments, dtype)
+        if refusal := recipe.refusal(arguments):
+            refusals.append(refusal)
+    problems = _unused_filters(recipe, list(layout.roles))
+    if refusals:
+        problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
+    refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
+    config = _config(recipe, models, structure, layout)
+    model, problems = assemble(structure.cls, config, tensors)
+    refuse(problems)
+    notes += _gradients(recipe, layout)
+    return Plan(donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes))
+
+
+def _planned(
+    recipe: Recipe,
+    given: LazyTensor,
+    sources: tuple[LazyTensor, ...],
+    arguments: Mapping[str, object],
+    dtype: torch.dtype | None,
+) -> PlannedTensor:
+    target = output_dtype(given.dtype, dtype)
+    is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
+    if is_copy or not given.is_floating:
+        return PlannedTensor(sources, given.shape, target)
+    return PlannedTensor(sources, given.shape, target, recipe.method, arguments, recipe.takes_base)
+
+
+def _misfits(
+    layout: Layout, tensors: Mapping[str, PlannedTensor], structure: Structure, whole: bool
+) -> list[str]:
+    """Return how the tensors of each model differ from what the output takes of it."""
+    problems = []
+    taking_part = dict.fromkeys(m for role in layout.roles.values() for m, _ in role.operands)
+    for model in taking_part:
+        missing, shapes, integers, taken = [], [], [], set()
+        for name, role in layout.roles.items():
+            for i, (operand, stored) in enumerate(role.operands):
+                if operand is not model:
+                    continue
+                taken.add(stored)
+                if stored not in model.tensors:
+                    missing.append(stored)
+                elif name in tensors:
+                    source, planned = tensors[name].sources[i], tensors[name]
+                    if source.shape != planned.shape:
+                        shapes.append(f"{stored} {source.shape}, not {planned.shape}")
+                    elif planned.method is not None and not source.is_floating:
+                        integers.append(f"{stored} ({source.dtype})")
+        extra = model.tensors.keys() - taken - layout.ignored - structure.ties.keys()
+        extra -= layout.roles.keys()  # such as integers, of which only the donor's are taken
+        if missing:
+            problems.append(f"{model.name}: misses {some(missing)}, which the output needs")
+        if extra and whole:
+            problems.append(f"{model.name}: has {some(extra)}, which the donor does not have")
+        if shapes:
+            problems.append(f"{model.name}: not of the donor's shapes are {some(set(shapes))}")
+        if integers:
+            named = some(set(integers))
+            problems.append(f"{model.name}: not floating-point, as the donor's, are {named}")
+    return problems
+
+
+def _config(
+    recipe: Recipe, models: Mapping[str, Checkpoint], structure: Structure, layout: Layout
+) -> PretrainedConfig:
+    """Return the output's config: the donor's, which says whether the output is tied."""
+    tied = not layout.untied
+    if recipe.is_stack:
+        return stacked_config(recipe, models, tied)
+    if structure.ties and says_tied(structure.config) != tied:
+        return changed_config(structure.config, tie_word_embeddings=tied)
+    return structure.config
+
+
+def _unused_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Return the filters that match no tensor, or none that an earlier one leaves."""
+    components = {part for name in names for part in name.split(".") if not part.isdigit()}
+    problems = []
+    for parameter, _, schedule in recipe.schedules():
+        rest = list(names)
+        for word, _ in schedule.filters:
+            if not any(matches(word, name) for name in rest):
+                problems.append(
+                    f"{parameter.option} {word}: matches no tensor that is left to it; "
+                    f"names have {some(components - {'weight', 'bias'}, 20)}"
+                )
+            rest = [name for name in rest if not matches(word, name)]
+    return problems
+
+
+def _gradients(recipe: Recipe, layout: Layout) -> list[str]:
+    """Return lines with the numbers at each place, from the first layer to the last."""
+    places = {name: role.place for name, role in layout.roles.items()}
+    return [
+        f"{parameter.name}{'' if model is None else f' of {model}'}, {line}"
+        for parameter, model, schedule in recipe.schedules()
+        if schedule.varies
+        for line in values_by_place(schedule, places)
+    ]

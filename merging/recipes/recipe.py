@@ -1,0 +1,153 @@
+"""A recipe: all that a user asked for of a model to be made, checked, with every default filled in.
+
+A merge of whole models is one slice of several sources; a stack of layers has slices of one source.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merging.arithmetic.weights import normalized
+from merging.recipes.methods import DONOR, ORIGIN, Method, Parameter
+from merging.recipes.numbers import Factors, Schedule
+
+Value = Schedule | Factors | bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that takes part, with the numbers that are its own, by parameter."""
+
+    model: str
+    values: Mapping[str, Value] = field(default_factory=dict)
+    layers: range | None = None  # of a stack
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Whole models, or as many layers of each, to be merged into one; and numbers for them."""
+
+    sources: tuple[Source, ...]
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make, of what and how."""
+
+    method: Method
+    slices: tuple[Slice, ...]
+    base: str | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
+    embedding_source: str | None = None  # of a stack: of the tensors before the layers
+    lm_head_source: str | None = None  # and of those after them
+    asks_for_head: bool = False  # whether it names a lm_head_source other than the embedding's
+    text: str = ""  # of the file that it was read from, if any
+
+    @property
+    def is_stack(self) -> bool:
+        return any(s.layers is not None for part in self.slices for s in part.sources)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model once, the donor of config and files first."""
+        named = [self.base, *(s.model for part in self.slices for s in part.sources)]
+        named += [self.embedding_source, self.lm_head_source]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether the base is the origin of the changes that are merged."""
+        return self.method.base == ORIGIN
+
+    def operands(self, part: Slice) -> tuple[str, ...]:
+        """Return the models that the arithmetic takes for a slice, in its order."""
+        names = tuple(source.model for source in part.sources)
+        in_front = self.base is not None and self.method.base != DONOR
+        return (str(self.base), *names) if in_front else names
+
+    def arguments(self, part: Slice, name: str, place: float) -> dict[str, Any]:
+        """Return the method's arguments for a tensor at a place among the layers, from 0 to 1."""
+
+        def at(parameter: Parameter, *given: Mapping[str, Value]) -> float | bool:
+            value = next(values[parameter.name] for values in given if parameter.name in values)
+            return value if isinstance(value, bool) else value.at(name, place)
+
+        return {
+            p.argument: [at(p, s.values, part.values, self.values) for s in part.sources]
+            if p.per_model
+            else at(p, part.values, self.values)
+            for p in self.method.parameters
+        }
+
+    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        """Say why the method cannot take these arguments; None if it can."""
+        if self.method.normalizable and arguments["normalize"]:
+            try:
+                normalized(arguments["weights"])
+            except ValueError as error:
+                return f"{error}; use --no-normalize or other weights"
+        return None
+
+    def schedules(self) -> list[tuple[Parameter, str | None, Schedule]]:
+        """Return the numbers of each model, and those of all models, whose model is None."""
+        found: list[tuple[Parameter, str | None, Schedule]] = []
+        for parameter in self.method.parameters:
+            owners = [(s.model, s.values) for part in self.slices for s in part.sources]
+            for owner, values in [(None, self.values), *owners]:
+                if isinstance(value := values.get(parameter.name), Schedule):
+                    found.append((parameter, owner, value))
+        return found
+
+
+def table(recipe: Recipe) -> str:
+    """Return a recipe as text, one model or slice a line."""
+    return _stack_table(recipe) if recipe.is_stack else _merge_table(recipe)
+
+
+def _merge_table(recipe: Recipe) -> str:
+    of_models = [p for p in recipe.method.parameters if p.per_model]
+    rows = [("model", *(p.name for p in of_models))]
+    if recipe.base is not None:
+        role = "donor only" if recipe.method.base == DONOR else "base"
+        rows.append((recipe.base, role))
+    rows += [
+        (source.model, *(str(source.values[p.name]) for p in of_models))
+        for source in recipe.slices[0].sources
+    ]
+    line = [recipe.method.name]
+    for parameter in recipe.method.parameters:
+        value = recipe.values.get(parameter.name)
+        if isinstance(value, bool):
+            line += filter(None, [parameter.words[value]])
+        elif value is not None:
+            line.append(f"{parameter.name} = {value}")
+    return "\n".join([f"method: {', '.join(line)}", *aligned(rows)])
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines, their columns aligned."""
+    columns = max(map(len, rows))
+    cells = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(columns)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
+def _stack_table(recipe: Recipe) -> str:
+    rows: list[tuple[str, ...]] = []
+    depth = 0
+    for part in recipe.slices:
+        (source,) = part.sources
+        layers = source.layers or range(0)
+        depth += len(layers)
+        scale = part.values["scale"]
+        scaled = f", scale {scale}" if scale != Factors() else ""
+        rows.append((source.model, f"layers {layers.start} to {layers.stop}, exclusive{scaled}"))
+    return "\n".join(
+        [
+            f"stack of {depth} layers",
+            *aligned(rows),
+            f"embedding and tokenizer: {recipe.embedding_source}",
+            f"final norm and head: {recipe.lm_head_source}",
+        ]
+    )

@@ -1,0 +1,147 @@
+"""Compute the tensors of a plan, a few ahead of the one that is being written."""
+
+import ctypes
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import merge_methods
+from merging.plans.plan import Plan, PlannedTensor
+from merging.problems import Problems
+
+AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written; more for many workers
+WORKERS = 32  # threads that compute tensors, at most: each takes about 10 MB
+DEVICE_WORKERS = 4  # the same with an accelerator, whose memory holds the tensors of all
+ONE_AT_A_TIME = threading.Lock()
+
+
+def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
+    """Read the sources of a planned tensor and combine them on the device. Returns a CPU tensor.
+
+    Raises Problems if a value is not finite, with the name of its source.
+    """
+    tensors = [source.read() for source in planned.sources]
+    result = _combined(planned, tensors, device)
+    if not _is_finite(result):
+        raise Problems(_blame(name, planned, tensors))
+    return result.to("cpu").contiguous()
+
+
+def _combined(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Combine CPU tensors on a device: as a whole, or in chunks where its memory is too small."""
+    if planned.method is None:
+        return tensors[0].to(planned.dtype)
+    try:
+        return _apply(planned, [tensor.to(device) for tensor in tensors], device)
+    except torch.OutOfMemoryError:  # which only accelerators raise
+        pass  # and free what was tried, before trying again
+    with ONE_AT_A_TIME:
+        return _apply(planned, tensors, device)
+
+
+def _apply(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Call the planned tensor's method."""
+    assert planned.method is not None
+    base = {"base": tensors[0]} if planned.has_base else {}
+    result: Tensor = getattr(merge_methods, planned.method.name)(
+        tensors=tensors[len(base) :],
+        **base,
+        **planned.arguments,
+        dtype=planned.dtype,
+        device=device,
+    )
+    return result
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def _blame(name: str, planned: PlannedTensor, tensors: Sequence[Tensor]) -> str:
+    """Say which source brought a NaN or infinity, or that the output dtype is too small."""
+    for source, tensor in zip(planned.sources, tensors, strict=True):
+        if not _is_finite(tensor):
+            return f"{source.label} contains NaN or infinity"
+    dtype = str(planned.dtype).removeprefix("torch.")
+    return f"{name}: the result overflows {dtype}; try another --dtype, or smaller weights"
+
+
+def available_processors() -> int:
+    """Return how many processors this process may use, by affinity and control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count or 1, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such control group, or no limit
+        pass
+    return count or 1
+
+
+def choose_device(cuda: bool) -> torch.device:
+    if not cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Problems(
+            "--cuda: PyTorch finds no CUDA device; install a CUDA build of torch and a driver, "
+            "or leave --cuda out to compute on the CPU"
+        )
+    return torch.device("cuda")
+
+
+@contextmanager
+def computed(
+    plan: Plan, names: Iterable[str], device: torch.device, threads: int
+) -> Iterator[Iterator[Tensor]]:
+    """Give the tensors of a plan in the order of the names, computed ahead by `threads`."""
+    count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // count))  # which torch uses for the work of each
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield _in_order(plan, names, device, pool, max(AHEAD, AHEAD // 8 * count))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _in_order(
+    plan: Plan, names: Iterable[str], device: torch.device, pool: ThreadPoolExecutor, limit: int
+) -> Iterator[Tensor]:
+    """Yield tensors computed by a pool.
+
+    No more than `limit` bytes of results, or one tensor, wait to be taken; the sources of those
+    under way are read from the disk meanwhile.
+    """
+    waiting = deque(names)
+    pending: deque[tuple[int, Future[Tensor]]] = deque()
+    held = 0
+    while waiting or pending:
+        while waiting and (not pending or held + plan.tensors[waiting[0]].nbytes <= limit):
+            name = waiting.popleft()
+            planned = plan.tensors[name]
+            held += planned.nbytes
+            for source in planned.sources:
+                for part in source.stored():
+                    _read_ahead(part.read())
+            pending.append((planned.nbytes, pool.submit(compute, name, planned, device)))
+        size, future = pending.popleft()
+        yield future.result()
+        held -= size
+
+
+def _read_ahead(tensor: Tensor) -> None:
+    """Ask the system to start reading a mapped tensor's pages, where it knows how."""
+    if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)

@@ -1,0 +1,95 @@
+"""What a run tells the user, and its exit status."""
+
+import gc
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+
+from merging.problems import Problems, explain, first_line
+from merging.runs.staging import STOP_SIGNALS
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print on standard error, if that is open."""
+    if not quiet and sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_path(path: str) -> None:
+    """Print a path on standard output. The model is there, whether or not anybody can read this."""
+    try:
+        print(path, flush=True)
+    except UnicodeError:
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    except OSError:  # a closed pipe, a full disk; leave nothing that is tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop."""
+
+
+def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's work and return the exit status.
+
+    0; 2 with one message for what a user can mend, and for failed system calls; 128 + its number
+    for a signal (130 on Ctrl-C, 143 on SIGTERM), after the leftovers are removed. A defect raises.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        raise Interrupted
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in handled}
+    collected = gc.isenabled()
+    gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
+    try:
+        with warnings.catch_warnings():
+            work(argv)
+    except BaseException as error:
+        if received:  # the error may be what a library made of the interruption
+            for each in handled:
+                signal.signal(each, signal.SIG_IGN)
+            say("interrupted, nothing was left behind")
+            return 128 + received[0]
+        if (message := mendable(error)) is None:
+            raise
+        say(f"error: {message}")
+        return 2
+    finally:
+        if collected:
+            gc.enable()
+        if argv is None:  # the end of a script: collecting takes a second, and changes nothing
+            gc.freeze()
+        if argv is not None or not received:  # at the end of a script, let no signal disturb it
+            for each, handler in before.items():
+                signal.signal(each, handler)
+    return 0
+
+
+def mendable(error: BaseException) -> str | None:
+    """Return the message of an error that a user can mend; None of a defect."""
+    if isinstance(error, Problems | OSError):
+        return explain(error)
+    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):
+        return f"out of memory: {first_line(error)}"
+    if isinstance(error, ImportError):
+        return f"{error}; install what is needed with: pip install -r requirements.txt"
+    return None

@@ -1,0 +1,128 @@
+"""Make the model that a recipe asks for: find, open, plan, check, write, tell."""
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merging.models.folders import files_of_a_model
+from merging.models.opening import Found, find_models, open_models
+from merging.problems import Problems, collecting, refuse
+from merging.recipes.options import shard_size_problems
+from merging.recipes.recipe import Recipe, table
+from merging.runs.console import peak_memory, say, say_path
+from merging.runs.outputs import output_problems, space_problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from merging.models.checkpoints import Checkpoint
+    from merging.plans.plan import Plan
+
+LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
+# Config values in which all models must agree, as they shape the tensors; of a stack, the first.
+SIZES = (
+    "hidden_size num_hidden_layers intermediate_size num_local_experts num_experts n_routed_experts"
+).split()
+
+
+def make(
+    recipe: Recipe,
+    arguments: argparse.Namespace,
+    made_by: Mapping[str, str],
+    problems: list[str],
+    other_inputs: Sequence[Path] = (),
+) -> None:
+    """Make a recipe's model with the options of both scripts.
+
+    `made_by` is the command, and the text of the file that it reads, if any, by language.
+    `problems` are those found so far; Problems is raised with all that can be known beforehand.
+    """
+    started = time.monotonic()
+    quiet = arguments.quiet and not arguments.dry_run
+    if not problems:
+        say(table(recipe), quiet)
+    found = _find(recipe, arguments, problems, other_inputs)
+
+    # These load torch and transformers, which takes seconds; what is above does not wait for it.
+    from merging.plans.plan import gigabytes, lines, summary
+    from merging.runs.cards import model_card
+    from merging.runs.writing import save, shards_of
+
+    models, plan, device = _plan(recipe, found, arguments, problems)
+    files = _files(recipe, arguments, {name: pair.folder for name, pair in found.items()})
+    output = Path(arguments.output)
+    extra = sum(path.stat().st_size for path in files.values())
+    refuse(problems or space_problems(output, plan.nbytes + extra))
+    shards = shards_of(plan, arguments.max_shard_size)
+    say(summary(plan, len(shards), LIBRARIES), quiet)
+    if arguments.verbose:
+        say(lines(plan))
+    if arguments.dry_run:
+        return
+    card = model_card(output.resolve().name, models, recipe, plan.notes, made_by)
+    progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    save(plan, shards, files, output, arguments, device, card, progress)
+    say(
+        f"{arguments.output}: {plan.parameters:,} parameters in {len(shards)} "
+        f"shard{'s' * (len(shards) != 1)}, {time.monotonic() - started:.1f} s, "
+        f"peak memory {gigabytes(peak_memory())}",
+        arguments.quiet,
+    )
+    say_path(arguments.output)
+
+
+def _find(
+    recipe: Recipe, arguments: argparse.Namespace, problems: list[str], other_inputs: Sequence[Path]
+) -> dict[str, Found]:
+    """Find the models and check the output; nothing is loaded for a mistyped path."""
+    usable = not problems
+    found = find_models(recipe.models, arguments.cache_dir, problems)
+    inputs = [path for pair in found.values() for path in pair if path is not None]
+    output = Path(arguments.output)
+    problems += output_problems(output, [*inputs, *other_inputs], arguments.overwrite)
+    problems += shard_size_problems(arguments.max_shard_size)
+    if not usable or len(found) < len(recipe.models):
+        refuse(problems)
+    return found
+
+
+def _plan(
+    recipe: Recipe, found: Mapping[str, Found], arguments: argparse.Namespace, problems: list[str]
+) -> tuple[Sequence["Checkpoint"], "Plan", "torch.device"]:
+    """Open the models and plan; Problems are those of before too, if there is no plan."""
+    import torch
+
+    from merging.plans.planner import plan_model
+    from merging.runs.computing import choose_device
+
+    device = torch.device("cpu")
+    with collecting(problems):
+        device = choose_device(arguments.cuda)
+    sizes = SIZES[:1] if recipe.is_stack else SIZES
+    models, warnings = open_models(found, sizes, arguments, problems)
+    for warning in warnings:
+        say(f"warning: {warning}", arguments.quiet)
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    try:
+        plan = plan_model(recipe, models, dtype, arguments.trust_remote_code)
+    except Problems as error:
+        raise Problems(*problems, *error.problems) from error
+    return list(models.values()), plan, device
+
+
+def _files(
+    recipe: Recipe, arguments: argparse.Namespace, folders: Mapping[str, Path]
+) -> dict[str, Path]:
+    """Return the files to copy: the donor's, the tokenizer's of where the embedding is from."""
+    donor = folders[recipe.models[0]]
+    if not recipe.is_stack:
+        return files_of_a_model(donor, donor if arguments.copy_tokenizer else None)
+    embedding = folders[str(recipe.embedding_source)]
+    files = files_of_a_model(donor, embedding)
+    files.pop("generation_config.json", None)  # it speaks of token ids
+    if (embedding / "generation_config.json").is_file():
+        files["generation_config.json"] = embedding / "generation_config.json"
+    return files

@@ -1,0 +1,82 @@
+"""Check the place of an output before anything is written. Loads no torch."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from merging.models.folders import WEIGHT_FILES
+from merging.problems import some
+from merging.runs.staging import siblings
+
+
+def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> list[str]:
+    """Return what speaks against writing a model to this directory.
+
+    Inputs are the folders of models, and other files that are read.
+    """
+    try:
+        target = output.resolve(strict=output.is_symlink() and not output.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        return [f"{output}: cannot be resolved: {error}"]
+    if target.parent == target:
+        return [f"{output}: the root directory cannot be an output"]
+    problems = []
+    for given in inputs:
+        source = given.resolve()
+        if (
+            source in (target, *siblings(target))
+            or target in source.parents
+            or source in target.parents
+        ):
+            problems.append(
+                f"{output}: the output is, contains or lies in the input {given}; name another"
+            )
+        elif source.is_dir():
+            linked = [f.name for f in source.iterdir() if target in f.resolve().parents]
+            if linked:
+                problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
+    if _is_mount(target):
+        problems.append(f"{output}: a mount point, which cannot be replaced; name a folder in it")
+    elif output.exists() and not output.is_dir():
+        problems.append(f"{output}: the output is a file; name a directory")
+    elif output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            problems.append(f"{output}: not empty; name another directory, or use --overwrite")
+        elif not _is_model(output):
+            problems.append(f"{output}: not a model, so --overwrite does not replace it")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        problems.append(f"{output}: {existing} is a file, so nothing can be written below it")
+    elif not os.access(existing, os.W_OK):
+        problems.append(f"{output}: {existing} cannot be written to")
+    if len(os.fsencode(siblings(target)[1].name)) > 255:
+        problems.append(f"{output}: the name is too long; use at most 240 characters")
+    return problems
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model, and no version control that would be lost with it."""
+    weights = [name for pair in WEIGHT_FILES.items() for name in pair]
+    has_weights = any((folder / name).is_file() for name in weights)
+    return (folder / "config.json").is_file() and has_weights and not (folder / ".git").exists()
+
+
+def _is_mount(target: Path) -> bool:
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        return str(target) in [line.split()[4] for line in mounts.splitlines()]
+    except OSError:  # not Linux
+        return os.path.ismount(target)
+
+
+def space_problems(output: Path, needed: int) -> list[str]:
+    """Return a problem if the disk of the output has less than `needed` bytes free."""
+    target = output.resolve()
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return []
+    return [
+        f"{output}: needs {needed / 1e9:.2f} GB of disk, {existing} has {free / 1e9:.2f} GB free"
+    ]

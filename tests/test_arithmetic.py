@@ -1,0 +1,207 @@
+"""Selection, sums and chunks: exact, and the same whatever the chunks are."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracles import randoms
+from torch import Tensor
+
+from merge_methods import linear, slerp, ties
+from merging.arithmetic import chunks, selection
+from merging.arithmetic.selection import trim_threshold
+from merging.arithmetic.sums import cosine, gram_matrix, weighted_sum
+from merging.arithmetic.weights import normalized
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+# -------------------------------------------------------------------- the k-th largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("density", [1e-9, 0.001, 0.33, 0.5, 0.75, 0.999, 1.0])
+@pytest.mark.parametrize("small", [0, 10_000])
+def test_ties_keeps_exactly_the_largest(
+    small: int, density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "SMALL", small)
+    base = torch.zeros(5000, dtype=dtype)
+    model = randoms(1, (5000,), dtype)[0]
+    k = max(1, math.floor(density * 5000))
+    kth = model.abs().sort(descending=True).values[k - 1]
+    expected = torch.where(model.abs() >= kth, model, 0)
+    assert torch.equal(ties(base, [model], [1], [density]), expected)
+
+
+def awkward_deltas(kind: str, count: int) -> Tensor:
+    values = randoms(1, (count,), torch.float32)[0]
+    if kind == "quantised":  # as fine-tunes in bfloat16 are: few values, each of them often
+        return (values * 4).round()
+    if kind == "sparse":
+        return values * (values.abs() > 1.5)
+    if kind == "one value":
+        return torch.full((count,), 0.25)
+    if kind == "misleading":  # what a sample of every third entry sees is not what there is
+        return values.abs() + 10.0 * (torch.arange(count) % 3 != 0)
+    if kind == "non-finite":
+        return torch.where(values > 1, math.inf, torch.where(values < -2, math.nan, values))
+    return values
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "quantised", "sparse", "one value", "misleading", "non-finite"]
+)
+@pytest.mark.parametrize("density", [1e-9, 0.001, 0.2, 0.5, 0.999])
+def test_every_way_finds_the_kth_largest(
+    kind: str, density: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "SMALL", 0)
+    monkeypatch.setattr(selection, "COUNT_CHUNK", 7001)
+    monkeypatch.setattr(selection, "CPU_CHUNK", 7001)
+    monkeypatch.setattr(selection, "SAMPLE", 14_000)  # of 40,000 entries: every third
+    model = awkward_deltas(kind, 40_000)
+    base = torch.zeros_like(model)
+    k = max(1, math.floor(density * len(model)))
+    kth = model.abs().sort(descending=True).values[k - 1]
+    expected = float(torch.nextafter(kth, torch.zeros(())))
+    counts: list[Tensor] = []
+    bincount = torch.bincount  # which only counting needs, on a processor
+
+    def counting(*given: Any, **options: Any) -> Tensor:
+        counts.append(bincount(*given, **options))
+        return counts[-1]
+
+    monkeypatch.setattr(torch, "bincount", counting)
+    sampled = trim_threshold(base, model, density)
+    was_counted = bool(counts)
+    monkeypatch.setattr(selection, "SMALL", 1 << 30)
+    selected = trim_threshold(base.to(device), model.to(device), density, device)
+    monkeypatch.setattr(selection, "SMALL", 0)
+    monkeypatch.setattr(selection, "MOST_BETWEEN", -(1 << 40))  # so that a sample never helps
+    counted = trim_threshold(base.to(device), model.to(device), density, device)
+    streamed = trim_threshold(base, model, density, device)
+    assert counts or device.type != "cpu"
+    assert {repr(found) for found in (sampled, selected, counted, streamed)} == {repr(expected)}
+    if kind in ("normal", "quantised", "one value"):
+        assert not was_counted
+    if kind == "misleading" and density == 0.2:
+        assert was_counted
+
+
+# -------------------------------------------------------------------- chunks
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda tensors, **to: linear(tensors, [0.6, 0.3, 0.2], **to),
+    "slerp": lambda tensors, **to: slerp([tensors[0], tensors[1]], 0.3, **to),
+    "ties": lambda tensors, **to: ties(tensors[0], tensors[1:], [0.6, 0.3], [0.5, 0.2], **to),
+    "ties, naive count": lambda tensors, **to: ties(
+        tensors[0],
+        [*tensors[1:], tensors[2]],
+        [0.6, 0.3, 0.3],
+        [0.5, 0.2, 0.2],
+        naive_count=True,
+        **to,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_streaming_to_a_device_gives_the_same_as_moving_there(
+    method: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = randoms(3, (250_007,), dtype)
+    whole = METHODS[method]([t.to(device) for t in tensors])
+    monkeypatch.setattr(chunks, "DEVICE_CHUNK", 99_991)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 99_991)
+    monkeypatch.setattr(selection, "CPU_CHUNK", 99_991)
+    streamed = METHODS[method](tensors, device=device)
+    assert streamed.device.type == "cpu"
+    assert torch.equal(streamed, whole.cpu())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_chunks_and_threads_do_not_change_a_bit(
+    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = randoms(3, (250_007,), dtype)
+    expected = METHODS[method](tensors)
+    threads = torch.get_num_threads()
+    try:
+        for chunk, count in ((10_000, 1), (99_991, 3), (1 << 24, 2)):
+            monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
+            monkeypatch.setattr(selection, "CPU_CHUNK", chunk)
+            torch.set_num_threads(count)
+            assert torch.equal(METHODS[method](tensors), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_views_give_the_same_as_copies(method: str) -> None:
+    wide = randoms(3, (40, 60), torch.float32)
+    views = [t.T[:, ::2] for t in wide]
+    assert torch.equal(METHODS[method](views), METHODS[method]([v.contiguous() for v in views]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_inputs_are_not_modified(method: str, dtype: torch.dtype) -> None:
+    tensors = randoms(3, (50, 40), dtype)
+    before = [t.clone() for t in tensors]
+    METHODS[method](tensors)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_inputs_reach_the_output(method: str, value: float) -> None:
+    for position in range(3):
+        tensors = randoms(3, (100,), torch.float32)
+        tensors[position][3] = value
+        result = METHODS[method](tensors)
+        assert not result.isfinite().all() or (position == 2 and method == "slerp")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_shapes_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        METHODS[method]([torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3)])
+
+
+# -------------------------------------------------------------------- sums
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gram_matrix_holds_all_dot_products(dtype: torch.dtype, device: torch.device) -> None:
+    tensors = randoms(3, (50, 401), dtype)
+    gram = gram_matrix([t.to(device) for t in tensors])
+    flat = torch.stack([t.double().flatten() for t in tensors])
+    expected = flat @ flat.T
+    torch.testing.assert_close(torch.tensor(gram, dtype=torch.float64), expected, rtol=1e-6, atol=1)
+    cosines = expected / torch.outer(expected.diag().sqrt(), expected.diag().sqrt())
+    assert cosine(gram, 0, 1) == pytest.approx(float(cosines[0, 1]), abs=1e-6)
+    assert cosine(gram, 2, 2) == pytest.approx(1)
+
+
+def test_cosine_with_a_zero_vector_is_zero() -> None:
+    assert cosine(gram_matrix([torch.zeros(3), torch.ones(3)]), 0, 1) == 0
+
+
+def test_weighted_sums_are_rounded_once() -> None:
+    a, b = torch.tensor([1.0]), torch.tensor([2.0**-30])
+    assert weighted_sum([a, b, a], [1, 1, -1]).tolist() == [2.0**-30]
+    assert weighted_sum([a, b], [0.5, 0], torch.float16).dtype == torch.float16
+
+
+def test_weights_are_divided_by_their_sum_and_its_sign() -> None:
+    assert normalized([1, 3]) == [0.25, 0.75]
+    assert normalized([-1, -3]) == [0.25, 0.75]
+    assert normalized([-3, 1]) == [1.5, -0.5]
+    with pytest.raises(ValueError, match="sum to 0 and cannot be normalised"):
+        normalized([1, -1])
