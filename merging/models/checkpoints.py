@@ -1,7 +1,7 @@
 """Checkpoints: a model's folder, its config, and the named tensors of its weight files."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from merging.models.folders import read_json
 from merging.models.tensors import LazyTensor
-from merging.problems import Problems
+from merging.problems import Problems, some
 
 # Config values that do not change what a model computes with the same tensors: those that every
 # config has, and those of vocabularies (whose rows are matched), training and initial values.
 OF_EVERY_CONFIG = PretrainedConfig().to_dict().keys() - {"model_type"}
 MEANINGLESS = re.compile(
-    r"^_|^vocab_size|_token_ids?$|_token_index$|dropout|drop$|initializer|init_std|use_cache"
+    r"^_|^per_layer_config$|^vocab_size|_token_ids?$|_token_index$|dropout|drop$|initializer|init_std|use_cache"
     r"|max_position_embeddings|n_positions|n_ctx|router_aux_loss|router_jitter|output_router_logits"
     r"|^auto_map$|pretraining_tp|^tie_|_label$|^label"
 )
@@ -75,37 +75,63 @@ def says_tied(config: PretrainedConfig) -> bool:
     return any(getattr(part, "tie_word_embeddings", False) for part in parts)
 
 
+def value_of(config: PretrainedConfig, key: str, default: Any = None) -> Any:
+    """Return a value of a config, under whatever name it has it; the default where layers differ.
+
+    transformers refuses to read from the whole config what its layers say differently.
+    """
+    try:
+        return getattr(config, key, default)
+    except RuntimeError:
+        return default
+
+
 def size_problems(
     models: Mapping[str, PretrainedConfig], donor: str, sizes: Sequence[str]
 ) -> list[str]:
     """Return where models differ from the donor in config values that give tensors their shapes."""
+    reference = text_config(models[donor])
     return [
         f"{name}: {key} is {found}, expected the {expected} of {donor}; merge models of one size"
-        for name in models
-        for key, found, expected in _differences(models[name], models[donor], sizes)
+        for name, config in models.items()
+        for key in sizes
+        if (found := value_of(text_config(config), key)) != (expected := value_of(reference, key))
     ]
 
 
 def meaning_warnings(models: Mapping[str, PretrainedConfig], donor: str) -> list[str]:
     """Return where models differ from the donor in what their tensors mean, not in their shapes."""
+    reference = text_config(models[donor])
     return [
         f"{name}: {key} is {found}, in {donor} it is {expected}; the output has the latter"
-        for name in models
-        for key, found, expected in _differences(models[name], models[donor])
-        if key not in OF_EVERY_CONFIG and not MEANINGLESS.search(key)
+        for name, config in models.items()
+        for key, found, expected in _differences(text_config(config), reference)
     ]
 
 
 def _differences(
-    config: PretrainedConfig, reference: PretrainedConfig, keys: Iterable[str] = ()
+    config: PretrainedConfig, reference: PretrainedConfig
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield where two text parts differ: of these keys, or of all that either has."""
-    one, other = text_config(config), text_config(reference)
-    values, expected = one.to_dict(), other.to_dict()
-    for key in keys or [*expected, *(values.keys() - expected.keys())]:
-        found, wanted = (
-            c.model_type if key == "model_type" else getattr(c, key, v.get(key))
-            for c, v in ((one, values), (other, expected))
-        )
-        if found != wanted:
-            yield key, found, wanted
+    """Yield where two configs differ, in values of all layers and of single ones."""
+    values, expected = config.to_dict(), reference.to_dict()
+    single = layer_attributes(config) | layer_attributes(reference)
+    for key in [*expected, *(values.keys() - expected.keys())]:
+        means_nothing = key in OF_EVERY_CONFIG or MEANINGLESS.search(key)
+        if not means_nothing and key not in single and values.get(key) != expected.get(key):
+            yield key, values.get(key), expected.get(key)
+    for key in sorted(single):
+        found, wanted = of_layers(config, key), of_layers(reference, key)
+        layers = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b]
+        if layers:
+            named = f"{key} of layer{'s' * (len(layers) > 1)} {some(map(str, layers))}"
+            yield named, found[layers[0]], wanted[layers[0]]
+
+
+def layer_attributes(config: PretrainedConfig) -> set[str]:
+    """Return the values that a config gives to single layers (`per_layer_config`)."""
+    return set(getattr(config, "per_layer_attributes", None) or ())
+
+
+def of_layers(config: PretrainedConfig, key: str) -> list[Any]:
+    """Return a value of each layer, whether the config gives it to them or to all."""
+    return [getattr(layer, key, None) for layer in config.per_layer_config]

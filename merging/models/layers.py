@@ -4,7 +4,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merging.models.checkpoints import Checkpoint, text_config
+from merging.models.checkpoints import Checkpoint, text_config, value_of
 from merging.problems import Problems, some
 
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
@@ -20,19 +20,41 @@ class Layers:
     beyond: frozenset[str]  # numbered like layers, but above the depth: to predict more tokens
 
 
+# Names by which configs call the number of their layers.
+DEPTHS = (
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
+    "num_layers_per_stack"
+).split()
+PARTS = (
+    "a model of several parts, such as vision and text, whose other tensors belong to no layer; "
+    "stack its text model alone, saved as a model of its own"
+)
+
+
 def find_layers(checkpoint: Checkpoint) -> Layers:
     """Find the one stack of numbered tensors that is as deep as the config says."""
-    depth = int(text_config(checkpoint.config).num_hidden_layers)
+    config = text_config(checkpoint.config)
+    found = (value_of(config, key) for key in DEPTHS)
+    depths = [depth for depth in found if isinstance(depth, int) and depth > 0]
+    if not depths:
+        raise Problems(f"{checkpoint.name}: {PARTS}")
     stacks: dict[str, dict[int, dict[str, str]]] = {}
     for name in checkpoint.tensors:
         if match := NUMBERED.match(name):
             layers = stacks.setdefault(match["stack"], {})
             layers.setdefault(int(match["index"]), {})[match["part"]] = name
-    fitting = [prefix for prefix, layers in stacks.items() if layers.keys() >= set(range(depth))]
+    fitting: list[str] = []
+    for depth in depths:
+        numbers = set(range(depth))
+        fitting = [prefix for prefix, layers in stacks.items() if layers.keys() >= numbers]
+        if fitting:
+            break
     if len(fitting) != 1:
+        several = f"; {PARTS}" if len(fitting) > 1 else ""
         raise Problems(
-            f"{checkpoint.name}: expected one stack of {depth} numbered layers, found "
+            f"{checkpoint.name}: expected one stack of {depths[0]} numbered layers, found "
             f"{some(fitting) if fitting else 'none'}; bakllama.py stacks the layers of decoders"
+            f"{several}"
         )
     chosen = stacks[fitting[0]]
     numbered = {name for layer in chosen.values() for name in layer.values()}

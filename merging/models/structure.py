@@ -20,7 +20,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 
 from merging.models.checkpoints import Checkpoint, changed_config, says_tied, text_config
+from merging.models.layers import NUMBERED
 from merging.models.tensors import FLOAT_DTYPES
+from merging.models.trial import first_way
 from merging.problems import Problems, refuse, some
 
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
@@ -32,7 +34,7 @@ COMPUTED_BUFFERS = re.compile(
 # Names of what stands before the layers, though it is no embedding, and of what only sounds so.
 BEFORE_LAYERS = re.compile(
     r"(?<!un)emb|project_in|patch_conv|(^|\.)conv\d\.|pre_?layr?norm|layernorm_pre|(^|\.)ln_pre"
-    r"|per_layer_model_projection|per_layer_projection_norm"
+    r"|per_layer_model_projection|per_layer_projection_norm|input_hidden_states"
 )
 AFTER_LAYERS = re.compile(r"embedding_norm\.|multi_modal_projector|(^|\.)mtp|(^|\.)lm_head")
 VOCABULARY_SIZES = ("vocab_size", "vocab_size_per_layer_input")
@@ -240,20 +242,41 @@ class Structure:
         found = self.parameters_of(stored).items()
         return next((name for name, parameter in found if parameter == wanted), None)
 
-    def before_layers(self, stored: Iterable[str]) -> set[str]:
+    def before_layers(self, stored: Iterable[str], layers: str = "") -> set[str]:
         """Return the stored tensors of modules before the layers: embeddings, what goes with them.
 
         To be asked of tensors outside the layers; the others come after them, as norm and head do.
+        Given the path of the `layers`, modules are told by when they are called, if that is known.
         """
         _, head = self._embeddings
+        called = self._called_before(layers) if layers else {}
 
         def is_before(parameter: str) -> bool:
             module = self.module_of(parameter)
             if head is not None and module is head:
                 return False
+            if (found := called.get(parameter.rpartition(".")[0])) is not None:
+                return found
             return isinstance(module, nn.Embedding) or is_named_before(parameter)
 
         return {name for name, p in self.parameters_of(stored).items() if is_before(p)}
+
+    def _called_before(self, layers: str) -> dict[str, bool]:
+        """Tell of modules whether they are called before the layers, or after; not of others."""
+        _, order = first_way(self.model) or (0, [])
+        inside = [n for n, name in enumerate(order) if name.startswith(f"{layers}.")]
+        if not inside:
+            return {}
+        before, after = set(order[: inside[0]]), set(order[inside[-1] :])
+        told = {name: name in before for name in before ^ after}
+        return {name: b for name, b in told.items() if name and not layers.startswith(f"{name}.")}
+
+    def path_of(self, stack: str, stored: Iterable[str]) -> str:
+        """Return where the model has the layers that are stored as `stack`.0, `stack`.1, ..."""
+        name = next(name for name in stored if name.startswith(f"{stack}."))
+        parameter = self.parameters_of([name])[name]
+        match = NUMBERED.match(parameter)
+        return match["stack"] if match else stack
 
     def vocabulary_dims(self, stored: Iterable[str]) -> dict[str, int]:
         """Map the stored tensors that have one entry a token to the dimension that counts them.

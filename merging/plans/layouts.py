@@ -4,17 +4,19 @@ In a merge of whole models every model brings its tensor of that name. In a stac
 its own, and two models what stands before the layers and after them.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from merging.models.checkpoints import Checkpoint, text_config
-from merging.models.layers import Layers, find_layers, places
+from merging.models.layers import PARTS, Layers, find_layers, places
 from merging.models.structure import Structure
 from merging.models.tensors import LazyTensor
 from merging.problems import refuse, some
 from merging.recipes.numbers import Factors
 from merging.recipes.recipe import Recipe, Slice
 
+PACKED = re.compile(r"(^|\.)(embed_tokens_per_layer|per_layer_model_projection)\.")
 COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")  # of layers, and of those beyond them
 
 
@@ -34,6 +36,8 @@ class Layout(NamedTuple):
     vocabularies: Sequence[Checkpoint]  # the one that the output has, then those matched with it
     untied: Sequence[str]  # those of the possible ties that the output stores apart
     ignored: Set[str]
+    layers: Mapping[str, Layers] = {}  # of a stack, by model
+    path: str = ""  # where a stack's class has its layers
 
 
 def whole_models(recipe: Recipe, models: Mapping[str, Checkpoint], structure: Structure) -> Layout:
@@ -84,9 +88,15 @@ def stacked_layers(
     refuse([*_range_problems(recipe, layers), *_family_problems(models, layers, donor)])
     refuse(_shape_problems(recipe, models, layers))
     ignored = structure.ignored(models.values()).union(*(found.beyond for found in layers.values()))
-    all_tied = all(structure.tied(model) == structure.ties.keys() for model in (embedding, head))
-    untied = [] if all_tied and not recipe.asks_for_head else list(structure.ties)
-    before = structure.before_layers({*layers[embedding.name].others, *layers[head.name].others})
+    prefix = layers[donor.name].prefix
+    shared = {t: s for t, s in structure.ties.items() if t.startswith(f"{prefix}.")}
+    refuse([*_sharing_problems(recipe, prefix, shared), *_packed_problems(recipe, embedding)])
+    ends = structure.ties.keys() - shared.keys()
+    all_tied = all(structure.tied(model) >= ends for model in (embedding, head))
+    untied = [] if all_tied and not recipe.asks_for_head else sorted(ends)
+    path = structure.path_of(prefix, donor.tensors)
+    others = {*layers[embedding.name].others, *layers[head.name].others}
+    before = structure.before_layers(others, path)
     roles = {
         name: Role(((embedding, name),), AS_IT_IS, 0.0, None)
         for name in layers[embedding.name].others
@@ -94,7 +104,7 @@ def stacked_layers(
     }
     for number, (part, model, i) in enumerate(chosen_layers(recipe)):
         for place, stored in layers[model].parts[i].items():
-            name = f"{layers[donor.name].prefix}.{number}.{place}"
+            name = f"{prefix}.{number}.{place}"
             roles[name] = Role(((models[model], stored),), part, 0.0, None)
     after = [n for n in layers[head.name].others if n not in before and n not in structure.ties]
     for name in (*after, *untied):
@@ -102,7 +112,7 @@ def stacked_layers(
         stored = structure.stored_name(head, name)
         roles[name] = Role(((head, stored),), AS_IT_IS, 1.0, given)
     kept = {name: role for name, role in roles.items() if role.operands[0][1] not in ignored}
-    return Layout(kept, [embedding, head], untied, ignored)
+    return Layout(kept, [embedding, head], untied, ignored, layers, path)
 
 
 AS_IT_IS = Slice((), {"scale": Factors()})  # of the tensors around the layers of a stack
@@ -116,15 +126,44 @@ def chosen_layers(recipe: Recipe) -> Iterator[tuple[Slice, str, int]]:
             yield part, source.model, i
 
 
+def _sharing_problems(recipe: Recipe, prefix: str, shared: Mapping[str, str]) -> Iterator[str]:
+    """Refuse stacks in which layers that share a tensor are of several models, or come anew."""
+    if not shared:
+        return
+    numbers: dict[int, str] = {}
+    for target, source in shared.items():
+        for name in (target, source):
+            layer, _, part = name.removeprefix(f"{prefix}.").partition(".")
+            numbers.setdefault(int(layer), part.partition(".")[0])
+    chosen = [(model, i) for _, model, i in chosen_layers(recipe)]
+    sharing = [(model, i) for model, i in chosen if i in numbers]
+    whole = sorted(numbers) == [i for _, i in sharing]
+    if sharing and not (whole and len({model for model, _ in sharing}) == 1):
+        yield (
+            f"{recipe.models[0]}: its layers {some(map(str, numbers))} share one "
+            f"{numbers[sharing[0][1]]}; the stack must take all of them of one model, each once "
+            "and in order, or none"
+        )
+
+
+def _packed_problems(recipe: Recipe, embedding: Checkpoint) -> Iterator[str]:
+    """Refuse stacks of other layers than a tensor outside of them has blocks for."""
+    packed = [name for name in embedding.tensors if PACKED.search(name)]
+    numbers = [i for _, _, i in chosen_layers(recipe)]
+    depth = text_config(embedding.config).num_hidden_layers
+    if packed and numbers != list(range(depth)):
+        yield (
+            f"{embedding.name}: {packed[0]} has a block for each of its {depth} layers, in their "
+            "order; a stack can only take them as they are, each in its place"
+        )
+
+
 def _unstackable(model: Checkpoint) -> str:
     """Say why a model has no one stack of decoder layers; nothing if it has."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder model; bakllama.py stacks the layers of decoders alone"
     if text_config(model.config) is not model.config:
-        return (
-            "a model of several parts, such as vision and text, whose other tensors belong to no "
-            "layer; stack its text model alone, saved as a model of its own"
-        )
+        return PARTS
     return ""
 
 
@@ -155,11 +194,12 @@ def _family_problems(
     """Find models whose layers are built of other parts than the donor's."""
     parts = {name: set().union(*found.parts) for name, found in layers.items()}
     for name, model in models.items():
-        other = parts[name] - parts[donor.name]
-        if other and model.config.model_type != donor.config.model_type:
+        other, lacking = parts[name] - parts[donor.name], parts[donor.name] - parts[name]
+        if (other or lacking) and model.config.model_type != donor.config.model_type:
+            has = f"have {some(other)}" if other else f"lack {some(lacking)}"
             yield (
-                f"{name}: a {model.config.model_type} model, whose layers have {some(other)}; "
-                f"{donor.name} is a {donor.config.model_type} model and has no such tensors"
+                f"{name}: a {model.config.model_type} model, whose layers {has}; {donor.name} is a "
+                f"{donor.config.model_type} model, and its layers are built of other tensors"
             )
 
 

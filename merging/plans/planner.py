@@ -3,14 +3,26 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from merging.models.checkpoints import Checkpoint, changed_config, says_tied
 from merging.models.structure import Structure, assemble
 from merging.models.tensors import LazyTensor
 from merging.models.vocabularies import match_vocabularies
-from merging.plans.layouts import Layout, stacked_layers, whole_models
+from merging.plans.layouts import (
+    AS_IT_IS,
+    Layout,
+    chosen_layers,
+    stacked_layers,
+    whole_models,
+)
 from merging.plans.plan import Plan, PlannedTensor, output_dtype
+from merging.plans.same_layers import (
+    compare_layers,
+    forward_notes,
+    odd_parts,
+    running_problems,
+)
 from merging.plans.stacked_config import stacked_config
 from merging.problems import refuse, some
 from merging.recipes.methods import PASSTHROUGH
@@ -53,7 +65,11 @@ def plan_model(
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config = _config(recipe, models, structure, layout)
     model, problems = assemble(structure.cls, config, tensors)
+    if recipe.is_stack and problems:
+        refuse(odd_parts(structure, model, tensors, layout.path))
     refuse(problems)
+    if recipe.is_stack:
+        notes += _prove_stack(recipe, models, structure, layout, model)
     notes += _gradients(recipe, layout)
     return Plan(donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes))
 
@@ -113,10 +129,37 @@ def _config(
     """Return the output's config: the donor's, which says whether the output is tied."""
     tied = not layout.untied
     if recipe.is_stack:
-        return stacked_config(recipe, models, tied)
+        donor, embedding = models[recipe.models[0]], models[str(recipe.embedding_source)]
+        shapes = [
+            (donor.tensors[name].shape[0], role.operands[0][0].tensors[name].shape[0])
+            for name, role in layout.roles.items()
+            if role.operands[0][0] is embedding and name in donor.tensors and role.part is AS_IT_IS
+        ]
+        positions = any(of_donor != of_embedding for of_donor, of_embedding in shapes)
+        return stacked_config(recipe, models, layout.layers, tied, positions)
     if structure.ties and says_tied(structure.config) != tied:
         return changed_config(structure.config, tie_word_embeddings=tied)
     return structure.config
+
+
+def _prove_stack(
+    recipe: Recipe,
+    models: Mapping[str, Checkpoint],
+    structure: Structure,
+    layout: Layout,
+    output: PreTrainedModel,
+) -> list[str]:
+    """Compare a stack's layers with those of their models, and try to run it; return notes."""
+    donor = recipe.models[0]
+    chosen = [(name, i) for _, name, i in chosen_layers(recipe)]
+    skeletons = {donor: structure.model}
+    for name in dict(chosen):
+        if name != donor:
+            skeletons[name], _ = assemble(structure.cls, models[name].config, models[name].tensors)
+    problems, notes = compare_layers(output, skeletons, chosen, donor, layout.path)
+    cannot, untried = running_problems(output, structure.model)
+    refuse(problems + cannot)
+    return [*notes, *forward_notes(structure.config.to_dict()), *untried]
 
 
 def _unused_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:

@@ -1,43 +1,233 @@
 """The config of a layer stack: the donor's, of which all that speaks of layers follows them."""
 
+import itertools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from merging.models.checkpoints import Checkpoint, changed_config, text_config
+from merging.models.checkpoints import Checkpoint, layer_attributes, of_layers, text_config
+from merging.models.layers import DEPTHS, Layers
 from merging.plans.layouts import chosen_layers
-from merging.problems import Problems
+from merging.problems import Problems, refuse, some
 from merging.recipes.recipe import Recipe
 
-# Config lists that name layers by number, rather than having one entry per layer.
-INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
-NOT_PER_LAYER = re.compile(r"_token_ids?$|^architectures$")
+# Lists that name layers by number: from 0, or from 1.
+NUMBERS = re.compile(
+    r"(_ids|_idxs|_indices|_indexes)$|^(mlp_only|moe|cross_attention|rope_scaling)_layers$"
+)
+NUMBERS_FROM_ONE = ("ple_layer_ids",)
+# Lists that may be as long as the model is deep, by chance.
+NOT_OF_LAYERS = re.compile(
+    r"_token_ids?$|_tokens$|^(architectures|languages)$|multipliers$|_limit$|^axial_|_shape$|^mtp_"
+)
 OF_THE_EMBEDDING = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions")
+
+
+class Form(NamedTuple):
+    """Numbers of a config that say of which kind each layer is, where no list does."""
+
+    keys: tuple[str, ...]
+    kind: Callable[..., object]  # of layer i of n, by the values of the keys
+    advice: str  # how to choose slices that can be said so
+    list_instead: str = ""  # a list of the config that says it, if it is there
+
+
+FIRST = "let the layers of that kind come first, each once or more, and all others after them"
+LAST = "let the layers of that kind come last"
+TURNS = (
+    "take slices whose length and start are multiples of the period, so that the kinds alternate"
+)
+FORMS = (
+    Form(("first_k_dense_replace",), lambda i, n, k: i < k, FIRST, "mlp_layer_types"),
+    Form(("num_dense_layers",), lambda i, n, k: i < k, FIRST, "mlp_layer_types"),
+    Form(("max_window_layers",), lambda i, n, k: i < k, FIRST, "layer_types"),
+    Form(("num_kv_shared_layers",), lambda i, n, k: i >= n - k, LAST),
+    Form(
+        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+        lambda i, n, start, end, step: (
+            start <= i <= (end if end >= 0 else n) and (i + 1) % step == 0
+        ),
+        "let the layers with experts follow each other",
+    ),
+    Form(("attn_layer_period", "attn_layer_offset"), lambda i, n, p, o: p and i % p == o, TURNS),
+    Form(
+        ("expert_layer_period", "expert_layer_offset"), lambda i, n, p, o: p and i % p == o, TURNS
+    ),
+    Form(("n_layers_per_attn_res_block",), lambda i, n, k: k and i % k, TURNS),
+    Form(
+        ("loop_layer_index_start", "loop_layer_index_end"),
+        lambda i, n, start, end: start <= i < end,
+        "let the layers of the loop follow each other",
+    ),
+    Form(
+        ("n_input_layers", "n_recurrent_layers", "n_output_layers"),
+        lambda i, n, a, b, c: (i >= a) + (i >= a + b),
+        "take all input layers first, then recurrent ones, then output layers",
+    ),
+)
+
+
+class Chosen(NamedTuple):
+    """The layers of a stack in order, and the configs of their models as dictionaries."""
+
+    layers: list[tuple[str, int]]  # model, number there
+    configs: Mapping[str, dict[str, Any]]
+    depths: Mapping[str, int]
+    donor: str
+
+    def of_each(self, key: str) -> Iterator[tuple[int, int, Any]]:
+        """Yield the number, the depth of its model and that one's value, for each layer."""
+        for model, i in self.layers:
+            yield i, self.depths[model], self.configs[model].get(key)
 
 
 def stacked_config(
-    recipe: Recipe, models: Mapping[str, Checkpoint], tied: bool
+    recipe: Recipe,
+    models: Mapping[str, Checkpoint],
+    layers: Mapping[str, Layers],
+    tied: bool,
+    positions_too: bool = False,
 ) -> PretrainedConfig:
-    """Return the donor's config with the depth, and every per-layer list, of the chosen layers."""
-    chosen = [(model, i) for _, model, i in chosen_layers(recipe)]
-    parts = {name: text_config(models[name].config) for name in models}
-    donor = parts[recipe.models[0]]
-    changes: dict[str, Any] = {"num_hidden_layers": len(chosen), "tie_word_embeddings": tied}
-    for key, value in donor.to_dict().items():
-        if not isinstance(value, list) or NOT_PER_LAYER.search(key):
+    """Return the donor's config with the depth, and all that it says of layers, of the chosen ones.
+
+    With `positions_too` the number of positions is that of the embedding. Raises Problems for what
+    cannot be said in the form that the config has for it.
+    """
+    chosen = Chosen(
+        [(model, i) for _, model, i in chosen_layers(recipe)],
+        {name: text_config(model.config).to_dict() for name, model in models.items()},
+        {name: len(found.parts) for name, found in layers.items()},
+        recipe.models[0],
+    )
+    config = text_config(models[chosen.donor].config)
+    values = dict(chosen.configs[chosen.donor])
+    before, after = chosen.depths[chosen.donor], len(chosen.layers)
+    values |= {key: after for key in DEPTHS if values.get(key) == before}
+    values |= _followed_lists(chosen) | {"tie_word_embeddings": tied}
+    values |= _sparse_steps(chosen, values)
+    values |= _followed_forms(chosen, values)
+    values |= _followed_singles(models, chosen)
+    embedding = chosen.configs[str(recipe.embedding_source)]
+    keys = OF_THE_EMBEDDING + POSITIONS * positions_too
+    values |= {key: embedding[key] for key in keys if key in values and key in embedding}
+    try:
+        result = type(config).from_dict(values)
+    except Exception as error:  # of many kinds: the class does not take such values
+        cause = " ".join(str(error).split())[:300]
+        raise Problems(f"{chosen.donor}: its config cannot say these layers: {cause}") from error
+    if "num_hidden_layers" in getattr(config, "attribute_map", {}) and not isinstance(
+        getattr(type(config), "num_hidden_layers", None), property
+    ):
+        result.num_hidden_layers = after
+    refuse(_changed_by_class(result, values))
+    return result
+
+
+def _followed_lists(chosen: Chosen) -> dict[str, Any]:
+    """Return the lists of layers' numbers, and those with one entry a layer."""
+    changes: dict[str, Any] = {}
+    for key, value in chosen.configs[chosen.donor].items():
+        if not isinstance(value, list | tuple) or NOT_OF_LAYERS.search(key):
             continue
-        lists: dict[str, Any] = {name: getattr(parts[name], key, None) for name, _ in chosen}
-        if key in INDEX_LISTS:
-            changes[key] = [n for n, (name, i) in enumerate(chosen) if i in (lists[name] or ())]
-        elif len(value) == donor.num_hidden_layers:
-            for name, entries in lists.items():
-                if entries is None or len(entries) != parts[name].num_hidden_layers:
-                    raise Problems(f"{name}: config.json lacks {key} for each of its layers")
-            changes[key] = [lists[name][i] for name, i in chosen]
-    embedding = parts[str(recipe.embedding_source)]
-    for key in OF_THE_EMBEDDING:
-        if getattr(embedding, key, None) != getattr(donor, key, None):
-            changes[key] = getattr(embedding, key, None)
-    return changed_config(models[recipe.models[0]].config, **changes)
+        each = list(chosen.of_each(key))
+        if NUMBERS.search(key):
+            first = 1 if key in NUMBERS_FROM_ONE else 0
+            changes[key] = [
+                n + first for n, (i, _, numbers) in enumerate(each) if i + first in (numbers or ())
+            ]
+        elif key == "attention_types":
+            kinds = [_expanded(nested)[i] for i, _, nested in each]
+            changes[key] = [[[kind], 1] for kind in kinds]
+            changes["attention_layers"] = kinds
+        elif key == "block_types":  # a cycle
+            changes[key] = [cycle[i % len(cycle)] for i, _, cycle in each]
+        elif len(value) == chosen.depths[chosen.donor]:
+            for (model, _), (_, depth, entries) in zip(chosen.layers, each, strict=True):
+                if not isinstance(entries, list | tuple) or len(entries) != depth:
+                    raise Problems(f"{model}: config.json lacks {key} for each of its layers")
+            changes[key] = [entries[i] for i, _, entries in each]
+    return changes
+
+
+def _expanded(nested: Sequence[Any]) -> list[Any]:
+    return [kind for kinds, count in nested for _ in range(count) for kind in kinds]
+
+
+def _sparse_steps(chosen: Chosen, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a decoder_sparse_step of 1, with all layers without experts in mlp_only_layers."""
+    if not values.get("decoder_sparse_step") or "mlp_only_layers" not in values:
+        return {}
+    steps = [(i, step or 1) for i, _, step in chosen.of_each("decoder_sparse_step")]
+    by_step = {n for n, (i, step) in enumerate(steps) if (i + 1) % step}
+    listed = values["mlp_only_layers"] or ()
+    return {"decoder_sparse_step": 1, "mlp_only_layers": sorted(by_step.union(listed))}
+
+
+def _followed_forms(chosen: Chosen, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers that say the kinds of the chosen layers, form by form."""
+    changes: dict[str, Any] = {}
+    problems = []
+    for form in FORMS:
+        now = [value for key in form.keys if isinstance(value := values.get(key), int)]
+        if len(now) < len(form.keys) or values.get(form.list_instead):
+            continue
+        rows = zip(*(chosen.of_each(key) for key in form.keys), strict=True)
+        kinds = [form.kind(*row[0][:2], *(value or 0 for _, _, value in row)) for row in rows]
+        tries = itertools.product(range(len(kinds) + 2), repeat=len(now))
+        fitting = (t for t in itertools.chain([now], tries) if _says(form, t, kinds))
+        found = next(fitting, None)
+        if found is None:
+            layers = some((f"{n} ({kind})" for n, kind in enumerate(kinds)), 12)
+            keys = ", ".join(form.keys)
+            problems.append(
+                f"{chosen.donor}: {keys} in its config cannot say of which kind the chosen layers "
+                f"are: {layers}; {form.advice}"
+            )
+        else:
+            changes |= dict(zip(form.keys, found, strict=True))
+    refuse(problems)
+    return changes
+
+
+def _says(form: Form, numbers: Sequence[int], kinds: Sequence[object]) -> bool:
+    depth = len(kinds)
+    try:
+        return all(form.kind(i, depth, *numbers) == kind for i, kind in enumerate(kinds))
+    except ZeroDivisionError:
+        return False
+
+
+def _followed_singles(models: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Any]:
+    """Return the per_layer_config of the chosen layers, where one of the models has one."""
+    configs = {name: text_config(models[name].config) for name, _ in chosen.layers}
+    keys = set().union(*(layer_attributes(config) for config in configs.values()))
+    if not keys:
+        return {}
+    values = {
+        (name, key): of_layers(config, key) for name, config in configs.items() for key in keys
+    }
+    singles = {
+        str(n): {key: values[name, key][i] for key in keys}
+        for n, (name, i) in enumerate(chosen.layers)
+    }
+    return {"per_layer_config": singles}
+
+
+def _changed_by_class(config: PretrainedConfig, asked: Mapping[str, Any]) -> Iterator[str]:
+    """Find lists of layers that the class changes, as some do with the last layer's kind."""
+    written = config.to_dict()
+    for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        wanted, found = asked.get(key), written.get(key)
+        if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+            layers = [
+                i for i, pair in enumerate(zip(wanted, found, strict=True)) if len(set(pair)) > 1
+            ]
+            if layers:
+                i = layers[0]
+                yield (
+                    f"{type(config).__name__} makes layer {i} {found[i]}, which is {wanted[i]} in "
+                    f"{key} of the chosen layers; end the stack with a layer that is {found[i]}"
+                )
