@@ -51,12 +51,19 @@ def read_tokens(
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
-        missing = [name for name in LIBRARIES if not _is_installed(name)]
-        needs = f"; its files may need {' and '.join(missing)} (pip install)" if missing else ""
-        raise Problems(
-            f"{folder}: its tokenizer cannot be read ({first_line(error)}{needs}); repair it, or "
-            "remove its files to match rows by number"
-        ) from error
+        raise Problems(_unreadable(folder, error)) from error
+
+
+def _unreadable(folder: Path, error: BaseException) -> str:
+    """Say why a tokenizer cannot be read: a library may be missing."""
+    missing = [name for name in LIBRARIES if not _is_installed(name)]
+    cause, mend = first_line(error), "repair it"
+    if missing and not (folder / "tokenizer.json").is_file():
+        cause, mend = f"without {' and '.join(missing)}", f"pip install {' '.join(missing)}"
+    return (
+        f"{folder}: its tokenizer cannot be read ({cause}); {mend}, or remove its files to match "
+        "rows by number"
+    )
 
 
 def has_tokenizer(folder: Path, side: str = "") -> bool:
@@ -90,12 +97,12 @@ def _declared_tokens(folder: Path) -> set[str]:
         for entry in (content.get("added_tokens_decoder") or {}).values():
             named.add(entry["content"])
         for key, value in content.items():
-            if key.endswith("_token"):
-                value = [value]
-            elif not key.endswith("special_tokens"):
+            if not key.endswith(("_token", "special_tokens")):
                 continue
-            values = list(value.values()) if isinstance(value, dict) else value
-            contents = [v.get("content") if isinstance(v, dict) else v for v in values or ()]
+            by_name = isinstance(value, dict) and "content" not in value
+            values = list(value.values()) if by_name else value
+            values = values if isinstance(values, list) else [values]
+            contents = [v.get("content") if isinstance(v, dict) else v for v in values]
             named |= {content for content in contents if isinstance(content, str)}
     return named | _read(folder / "added_tokens.json").keys()
 

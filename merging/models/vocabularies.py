@@ -87,8 +87,9 @@ def report(
         renamed = [f"{old!r} as {new!r}" for old, new in pairs if new and new not in tokens]
         if renamed:
             lines.append(
-                f"vocabulary: of these, {len(renamed)} have the rows that {donor.model} has under "
-                f"other names ({some(renamed)}); to merge them, name them alike in both tokenizers"
+                f"vocabulary: {len(renamed)} of these stand in rows that {donor.model} names "
+                f"otherwise ({some(renamed)}); if they are one token renamed, name it alike in "
+                "both tokenizers to merge its row"
             )
     return lines
 
