@@ -67,7 +67,9 @@ def vocabulary_dims(structure: Structure, stored: Iterable[str]) -> dict[str, di
             grown = [d for d, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) > 1]
             if grown and not any(name in group for group in found.values()):
                 dims[name] = grown[0]
-                if (times := shapes[0][grown[0]] // size) > 1 and size > 1:
+                one, more = (shape[grown[0]] for shape in shapes)
+                times = (more - one) // GROWTH
+                if times > 1 and one == times * size:
                     raise Problems(
                         f"{name} has {times} entries for each of config.json's {key}, "
                         "which cannot be matched by token; give all models one tokenizer"
