@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ElectraForMaskedLM": {},
     "FSMTForConditionalGeneration": {},
     "HubertForCTC": _SHORT,
+    "Inkling2ForCausalLM": {},
     "LlavaForConditionalGeneration": {},
     "M2M100ForConditionalGeneration": {},
     "MBartForConditionalGeneration": {},
@@ -183,3 +184,14 @@ def test_one_tokenizer_for_vocabularies_of_two_sizes_is_refused(
     assert "encoder.vocab_size 97, decoder.vocab_size 113" in said
     shutil.copy(f"{models[0]}/tokenizer.json", models[1])
     assert main.main([str(tmp_path / "merged"), *merge]) == 0
+
+
+def test_rows_beyond_those_of_tokens_match_by_number(tmp_path: Path) -> None:
+    """CpmAnt has those of its prompts in the same tensor."""
+    model = build("CpmAntForCausalLM", prompt_length=4, prompt_types=3)
+    save_twice(model, tmp_path)
+    rows = VOCABULARY + 4 * 3
+    ids = torch.cat([shuffled(VOCABULARY), torch.arange(VOCABULARY, rows)])
+    tokenizer(range(VOCABULARY)).save(str(tmp_path / "original" / "tokenizer.json"))
+    tokenizer(ids[:VOCABULARY].tolist()).save(str(tmp_path / "copy" / "tokenizer.json"))
+    assert_given_back(tmp_path, {VOCABULARY: ids[:VOCABULARY], rows: ids})
