@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, loads_clean, make_other, stored, word_level
+from helpers import Make, loads_clean, make_other, stack_file, stored, word_level
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -16,6 +16,9 @@ from torch import Tensor
 
 import bakllama
 import main
+from merging.models import tokens as tokens_of_models
+from merging.models import vocabularies
+from merging.models.tokens import read_tokens
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -302,3 +305,151 @@ def test_a_broken_tokenizer_is_a_clear_error(
     (other / "tokenizer.json").write_text(json.dumps(broken))
     assert merge("linear", output, donor, other) == 2
     assert f"{other}: its tokenizer cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "declared"),
+    [
+        ("added_tokens.json", {"<y>": 100, "<x>": 97}),  # with gaps
+        ("tokenizer_config.json", {"added_tokens_decoder": {"99": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<x>", "<y>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<x>"}}),
+        ("special_tokens_map.json", {"pad_token": "<y>", "additional_special_tokens": ["<x>"]}),
+    ],
+)
+def test_ids_are_those_that_transformers_gives(
+    file: str, declared: dict[str, object], make: Make, tmp_path: Path
+) -> None:
+    folder = model(make, tmp_path / "model", 0, TOKENS, 96)
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / file).write_text(json.dumps(declared if "map" in file else named | declared))
+    if file == "added_tokens.json":
+        (folder / file).write_text(json.dumps(declared))
+    expected = tf.AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert expected["<x>"] >= 93
+    assert read_tokens(folder) == expected
+
+
+def test_files_that_are_the_same_need_no_reading(
+    make: Make, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they need a model with a larger vocabulary to be built, unless sizes differ."""
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96)
+    other = model(make, tmp_path / "other", 1, TOKENS, 96)
+    larger = model(make, tmp_path / "larger", 1, TOKENS, 100)
+    for folder in (donor, other, larger):
+        (folder / "tokenizer.json").write_text("broken")
+        (folder / "tokenizer_config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabularies, "vocabulary_dims", lambda *_: pytest.fail("built"))
+        assert merge("linear", output, donor, other) == 0
+    assert merge("linear", tmp_path / "two", donor, larger) == 0
+    oracle = linear_oracle(
+        [stored(donor)[EMBEDDING], stored(larger)[EMBEDDING][:96]], [0.5, 0.5], True
+    )
+    assert ulps(stored(tmp_path / "two")[EMBEDDING], oracle).max() <= 0.51
+
+
+def sentencepiece_model(folder: Path, words: Sequence[str]) -> None:
+    """Leave a folder no tokenizer but a SentencePiece model of these words."""
+    spm = pytest.importorskip("sentencepiece")
+    (folder / "tokenizer.json").unlink()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(list(words) * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=30,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+
+
+def test_a_sentencepiece_model_alone(make: Make, tmp_path: Path, output: Path) -> None:
+    pytest.importorskip("google.protobuf")
+    donor = model(make, tmp_path / "donor", 0, TOKENS[:30])
+    other = model(make, tmp_path / "other", 1, TOKENS[:30])
+    sentencepiece_model(donor, ["the cat sat", "on a mat", "with bread"])
+    sentencepiece_model(other, ["some bread", "the cats in a", "white house"])
+    names = [tf.AutoTokenizer.from_pretrained(f).get_vocab() for f in (donor, other)]
+    orders = [sorted(found, key=found.__getitem__) for found in names]
+    assert orders[0] != orders[1]
+    assert merge("linear", output, donor, other) == 0
+    rows = expected_rows(stored(donor), stored(other), EMBEDDING, *orders)
+    oracle = linear_oracle([stored(donor)[EMBEDDING], rows], [0.5, 0.5], True)
+    assert ulps(stored(output)[EMBEDDING], oracle).max() <= 0.51
+
+
+def test_a_missing_library_is_named(
+    make: Make,
+    tmp_path: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folders = [model(make, tmp_path / name, 0, TOKENS, 96) for name in ("donor", "other")]
+    for folder in folders:
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(folder.name.encode())
+    monkeypatch.setattr(tokens_of_models, "LIBRARIES", ("no-such-library",))
+    assert merge("linear", output, *folders) == 2
+    assert "pip install no-such-library" in capsys.readouterr().err
+
+
+def test_a_renamed_row_is_told(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor = model(make, tmp_path / "donor", 0, [*TOKENS, "<|im_start|>"], 96)
+    other = model(make, tmp_path / "other", 1, [*TOKENS, "<|start|>", "only here"], 96)
+    assert merge("linear", output, donor, other) == 0
+    text = capsys.readouterr().err
+    assert f"2 tokens of {other} are dropped ('<|start|>', 'only here')" in text
+    assert "1 of these stand in rows that" in text
+    assert "('<|start|>' as '<|im_start|>'); if they are one token renamed" in text
+
+
+def headless(folder: Path) -> Path:
+    """Take the head from a model's files."""
+    tensors = {name: value for name, value in stored(folder).items() if name != HEAD}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("rows", [96, 93])
+def test_a_stack_whose_embedding_source_has_no_head(
+    rows: int, make: Make, tmp_path: Path, output: Path
+) -> None:
+    shuffled = [*TOKENS[:3], *reversed(TOKENS[3:])]
+    a = headless(model(make, tmp_path / "a", 0, TOKENS, rows))
+    b = model(make, tmp_path / "b", 1, shuffled, 96)
+    text = f"layer_slices: [{{model: {b}, start: 0, end: 1}}]\n"
+    text += f"embedding_source: {a}\nlm_head_source: {b}\n"
+    assert bakllama.main([stack_file(tmp_path, text), str(output)]) == 0
+    order = [shuffled.index(token) for token in TOKENS] + list(range(93, rows))
+    assert torch.equal(stored(output)[HEAD], stored(b)[HEAD][order])
+    assert torch.equal(stored(output)[EMBEDDING], stored(a)[EMBEDDING])
+    assert loads_clean(output).config.vocab_size == rows
+
+
+def test_a_stack_whose_head_lacks_rows_is_refused(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = headless(model(make, tmp_path / "a", 0, TOKENS, 93))
+    b = model(make, tmp_path / "b", 1, TOKENS[:90], 90)
+    text = f"layer_slices: [{{model: {b}, start: 0, end: 1}}]\n"
+    text += f"embedding_source: {a}\nlm_head_source: {b}\n"
+    assert bakllama.main([stack_file(tmp_path, text), str(output)]) == 2
+    assert f"{HEAD} lacks 3 of the 93 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_embedding_that_is_no_matrix_is_refused(
+    same: bool, make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor = model(make, tmp_path / "donor", 0, TOKENS, 96)
+    other = model(make, tmp_path / "other", 1, TOKENS if same else TOKENS[::-1], 96)
+    tensors = stored(other) | {EMBEDDING: torch.tensor(1.0, dtype=torch.bfloat16)}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert merge("linear", output, donor, other) == 2
+    text = capsys.readouterr().err
+    assert f"{other}: not of the donor's shapes are {EMBEDDING} (), not (96, 32)" in text

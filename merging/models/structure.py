@@ -17,9 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.initialization import no_init_weights
 
-from merging.models.checkpoints import Checkpoint, changed_config, says_tied, text_config
+from merging.models.checkpoints import Checkpoint, says_tied
 from merging.models.layers import NUMBERED
 from merging.models.tensors import FLOAT_DTYPES
 from merging.models.trial import first_way
@@ -37,7 +36,6 @@ BEFORE_LAYERS = re.compile(
     r"|per_layer_model_projection|per_layer_projection_norm|input_hidden_states"
 )
 AFTER_LAYERS = re.compile(r"embedding_norm\.|multi_modal_projector|(^|\.)mtp|(^|\.)lm_head")
-VOCABULARY_SIZES = ("vocab_size", "vocab_size_per_layer_input")
 
 
 class Shaped(Protocol):
@@ -277,25 +275,6 @@ class Structure:
         parameter = self.parameters_of([name])[name]
         match = NUMBERED.match(parameter)
         return match["stack"] if match else stack
-
-    def vocabulary_dims(self, stored: Iterable[str]) -> dict[str, int]:
-        """Map the stored tensors that have one entry a token to the dimension that counts them.
-
-        A tensor is one if it grows with the config's vocabulary, whatever it is called and whatever
-        other dimensions happen to be as large.
-        """
-        part = text_config(self.config)
-        sizes = {key: getattr(part, key) + 64 for key in VOCABULARY_SIZES if hasattr(part, key)}
-        with torch.device("meta"), no_init_weights():
-            before = self.cls(changed_config(self.config)).state_dict()
-            grown = self.cls(changed_config(self.config, **sizes)).state_dict()
-        dims = {
-            name: next(d for d in range(t.ndim) if t.shape[d] != grown[name].shape[d])
-            for name, t in before.items()
-            if t.shape != grown[name].shape
-        }
-        names = self.parameters_of(stored)
-        return {name: dims[parameter] for name, parameter in names.items() if parameter in dims}
 
 
 def is_named_before(parameter: str) -> bool:

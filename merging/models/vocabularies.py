@@ -1,23 +1,25 @@
 """Match vocabularies by token: which row of a model's embedding is which row of the donor's."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from merging.models.checkpoints import Checkpoint
 from merging.models.structure import Structure
 from merging.models.tensors import MISSING, LazyTensor, with_rows
-from merging.problems import Problems, collecting, first_line, refuse, some
+from merging.models.tokens import read_all_tokens
+from merging.models.vocabulary_sizes import vocabulary_dims, vocabulary_sizes
+from merging.problems import Problems, collecting, refuse, some
 
 # Changes a tensor of a model, by its stored name, to have the rows of the donor's of that role.
 Matcher = Callable[[Checkpoint, str, LazyTensor], LazyTensor]
 
-# Files from which transformers can build a tokenizer when there is no tokenizer.json.
-VOCABULARY_FILES = (
-    "tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model source.spm "
-    "tekken.json qwen.tiktoken tiktoken.model"
-).split()
+# Files with the tokens of one side of a translation, where it has its own, by the key of its size.
+SIDES = {
+    "src_vocab_size": "vocab-src.json",
+    "tgt_vocab_size": "vocab-tgt.json",
+    "decoder_vocab_size": "target_vocab.json",
+}
+PART_OF_THEM = ("vocab_size_per_layer_input", "unpadded_vocab_size")  # the first rows of all
 
 
 class Vocabulary(NamedTuple):
@@ -26,76 +28,6 @@ class Vocabulary(NamedTuple):
     model: str
     rows: int
     tokens: Mapping[str, int] | None
-
-
-def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
-    """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
-
-    Raises Problems if the tokenizer's files cannot be read.
-    """
-    try:
-        if (folder / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokens = _with_added(folder, tokenizer.get_vocab(with_added_tokens=True))
-            if _special_tokens(folder) <= tokens.keys():
-                return tokens
-        elif not any((folder / name).is_file() for name in VOCABULARY_FILES):
-            return None
-        from transformers import AutoTokenizer  # slower, but knows every kind of file
-
-        tokens = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        ).get_vocab()
-        _check_complete(folder, tokens)
-        return dict(tokens)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
-        raise Problems(
-            f"{folder}: its tokenizer cannot be read ({first_line(error)}); repair it, or remove "
-            "its files to match rows by number"
-        ) from error
-
-
-def _special_tokens(folder: Path) -> set[str]:
-    """Return the tokens that a tokenizer's configuration names by role."""
-    named: set[str] = set()
-    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        if file.is_file():
-            for key, value in json.loads(file.read_text(encoding="utf-8")).items():
-                if key.endswith("_token") or key.endswith("special_tokens"):
-                    values = value if isinstance(value, list) else [value]
-                    contents = [v.get("content") if isinstance(v, dict) else v for v in values]
-                    named |= {content for content in contents if isinstance(content, str)}
-    return named
-
-
-def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
-    """Refuse a tokenizer that transformers made without the vocabulary file that is there."""
-    if (folder / "vocab.json").is_file():
-        expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-    elif (folder / "vocab.txt").is_file():
-        expected = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
-    else:
-        return
-    if len(tokens) < expected / 2:
-        raise ValueError(f"transformers gives {len(tokens)} tokens, its vocabulary has {expected}")
-
-
-def _with_added(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
-    """Add the tokens that tokenizer_config.json or added_tokens.json adds to tokenizer.json's."""
-    added: dict[str, int] = {}
-    config, extra = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    if config.is_file():
-        entries = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
-        added |= {entry["content"]: int(number) for number, entry in entries.items()}
-    if extra.is_file():
-        added |= {t: int(number) for t, number in json.loads(extra.read_text("utf-8")).items()}
-    taken = set(tokens.values())
-    new = {t: number for t, number in added.items() if t not in tokens and number not in taken}
-    return tokens | new
 
 
 def match(donor: Vocabulary, model: Vocabulary) -> list[int] | None:
@@ -136,26 +68,29 @@ def report(
     donor: Vocabulary, models: Mapping[str, Vocabulary], rows: Mapping[str, list[int] | None]
 ) -> list[str]:
     """Return lines that say how many rows all models share, which not, and what is dropped."""
-    lines = []
-    nameless = [v.model for v in (donor, *models.values()) if v.tokens is None]
-    if nameless:
-        lines.append(
-            f"warning: no tokenizer in {some(set(nameless))}; vocabularies match by row number"
-        )
     if not any(rows.values()):
-        return lines
+        return []
     token_of = {number: token for token, number in (donor.tokens or {}).items()}
     fewer = sorted({i for found in rows.values() for i, row in enumerate(found or ()) if row < 0})
     line = f"vocabulary: {donor.rows} rows, {donor.rows - len(fewer)} shared by all models"
     if fewer:
         named = [repr(token_of.get(number, f"row {number}")) for number in fewer[:5]]
         line += f"; {len(fewer)} from fewer models ({', '.join(named)}{', ...' * (len(fewer) > 5)})"
-    lines.append(line)
+    lines = [line]
     for name, vocabulary in models.items():
-        dropped = sorted((vocabulary.tokens or {}).keys() - (donor.tokens or {}).keys())
+        tokens = vocabulary.tokens or {}
+        dropped = sorted(tokens.keys() - (donor.tokens or {}).keys())
         if dropped:
             listed = some(map(repr, dropped))
             lines.append(f"vocabulary: {len(dropped)} tokens of {name} are dropped ({listed})")
+        pairs = [(token, token_of.get(tokens[token])) for token in dropped]
+        renamed = [f"{old!r} as {new!r}" for old, new in pairs if new and new not in tokens]
+        if renamed:
+            lines.append(
+                f"vocabulary: {len(renamed)} of these stand in rows that {donor.model} names "
+                f"otherwise ({some(renamed)}); if they are one token renamed, name it alike in "
+                "both tokenizers to merge its row"
+            )
     return lines
 
 
@@ -168,36 +103,126 @@ def match_vocabularies(
     Problems.
     """
     as_it_is: Matcher = lambda model, name, given: model.tensors[name]  # noqa: E731
+    sizes, everyone = vocabulary_sizes(structure), list(dict.fromkeys((donor, *models)))
     embedding = structure.embedding_name(donor.tensors)
-    if embedding is None:
+    has_rows = any({*sizes.values()} & {*t.shape} for t in donor.tensors.values())
+    if embedding is None and not has_rows:
         return as_it_is, []
-    problems: list[str] = []
-    vocabularies: dict[Checkpoint, Vocabulary] = {}
-    for checkpoint in dict.fromkeys((donor, *models)):
-        if embedding in checkpoint.tensors:  # else it is reported as missing
-            with collecting(problems):
-                tokens = read_tokens(checkpoint.folder, trust)
-                size = checkpoint.tensors[embedding].shape[0]
-                vocabularies[checkpoint] = Vocabulary(checkpoint.name, size, tokens)
-    refuse(problems)
-    matches: dict[Checkpoint, list[int] | None] = {}
-    for checkpoint, vocabulary in vocabularies.items():
-        with collecting(problems):
-            matches[checkpoint] = match(vocabularies[donor], vocabulary)
-    refuse(problems)
-    named = {checkpoint.name: found for checkpoint, found in vocabularies.items()}
-    notes = report(vocabularies[donor], named, {c.name: rows for c, rows in matches.items()})
-    if not any(matches.values()):
+    sides = {key: SIDES.get(key, "") for key in sizes} or {"": ""}
+    tokens = read_all_tokens(everyone, {*sides.values()}, trust)
+    notes = []
+    if nameless := {c.name for (c, _), found in tokens.items() if found is None}:
+        notes.append(f"warning: no tokenizer in {some(nameless)}; vocabularies match by row number")
+    differ = any(
+        found is not None and tokens[donor, side] not in (None, found)
+        for (_, side), found in tokens.items()
+    )
+    if not differ and all(
+        tensor.shape == donor.tensors[name].shape
+        for checkpoint in everyone
+        for name, tensor in checkpoint.tensors.items()
+        if name in donor.tensors
+    ):
         return as_it_is, notes
-    dims = structure.vocabulary_dims({n for c in matches for n in c.tensors})
+    groups = vocabulary_dims(structure, {n: 0 for c in everyone for n in c.tensors})
+    if differ:
+        others = vocabulary_sizes(structure, of_tokens=False)
+        _check_groups(structure, donor, groups, embedding, sides)
+        notes += [f"warning: rows of {key} are no tokens; they match by number" for key in others]
+    of_keys = {key: {c: tokens[c, sides[key]] for c in everyone} for key in groups}
+    matches, lines = _match_groups(donor, groups, of_keys)
+    return _matcher(donor, groups, matches), notes + lines
+
+
+def _match_groups(
+    donor: Checkpoint,
+    groups: Mapping[str, Mapping[str, int]],
+    tokens: Mapping[str, Mapping[Checkpoint, Mapping[str, int] | None]],
+) -> tuple[dict[tuple[Checkpoint, str], list[int] | None], list[str]]:
+    """Match the rows of each vocabulary; return them by model and key, and lines for the user."""
+    matches: dict[tuple[Checkpoint, str], list[int] | None] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for key, dims in groups.items():
+        found = {
+            checkpoint: Vocabulary(checkpoint.name, max(rows), named)
+            for checkpoint, named in tokens[key].items()
+            if (rows := _rows(checkpoint, dims))
+        }
+        if donor not in found:
+            continue  # it is reported as missing
+        of_key: dict[str, list[int] | None] = {}
+        for checkpoint, vocabulary in found.items():
+            with collecting(problems):
+                of_key[checkpoint.name] = match(found[donor], vocabulary)
+                matches[checkpoint, key] = of_key[checkpoint.name]
+        notes += report(found[donor], {c.name: v for c, v in found.items()}, of_key)
+    refuse(problems)
+    return matches, list(dict.fromkeys(notes))
+
+
+def _rows(checkpoint: Checkpoint, dims: Mapping[str, int]) -> list[int]:
+    """Return how many entries each tensor of a vocabulary has."""
+    shapes = {name: checkpoint.tensors[name].shape for name in dims if name in checkpoint.tensors}
+    return [shape[dims[name]] for name, shape in shapes.items() if len(shape) > dims[name]]
+
+
+def _check_groups(
+    structure: Structure,
+    donor: Checkpoint,
+    groups: Mapping[str, Mapping[str, int]],
+    embedding: str | None,
+    sides: Mapping[str, str],
+) -> None:
+    """Refuse vocabularies whose rows the tokenizers cannot name, where tokenizers differ."""
+    others = vocabulary_sizes(structure, of_tokens=False)
+    if embedding is not None and not any(embedding in dims for dims in groups.values()):
+        if donor.tensors[embedding].shape[0] not in {
+            n + i for n in others.values() for i in (0, 1)
+        }:
+            raise Problems(
+                f"{donor.name}: the tokenizers differ, and no vocabulary size of config.json tells "
+                f"which tensors have the rows of {embedding}; give all models one tokenizer"
+            )
+    sizes = vocabulary_sizes(structure)
+    of_side: dict[str, dict[str, int]] = {}
+    for key in groups:
+        if not key.endswith(PART_OF_THEM):
+            side = sides[key] if (donor.folder / sides[key]).is_file() else ""
+            of_side.setdefault(side, {})[key] = sizes[key]
+    refuse(
+        f"{donor.name}: the tokenizers differ, and one tokenizer cannot name the rows of "
+        f"vocabularies of several sizes ({', '.join(f'{k} {n}' for k, n in found.items())}); "
+        "give all models the same tokenizer"
+        for found in of_side.values()
+        if len({*found.values()}) > 1
+    )
+
+
+def _matcher(
+    donor: Checkpoint,
+    groups: Mapping[str, Mapping[str, int]],
+    matches: Mapping[tuple[Checkpoint, str], list[int] | None],
+) -> Matcher:
+    """Return what gives tensors the donor's rows, where they are others."""
+    places = {name: (key, dim) for key, dims in groups.items() for name, dim in dims.items()}
 
     def matched(model: Checkpoint, name: str, given: LazyTensor) -> LazyTensor:
-        tensor, rows = model.tensors[name], matches.get(model)
-        if rows is None or name not in dims:
+        tensor = model.tensors[name]
+        key, dim = places.get(name, ("", 0))
+        rows = matches.get((model, key))
+        if rows is None or len(tensor.shape) <= dim or len(given.shape) <= dim:
             return tensor
-        wanted = given.shape[dims[name]]
+        if given is tensor and model is not donor:  # the donor has none of that name
+            if MISSING in rows:
+                raise Problems(
+                    f"{model.name}: {name} lacks {rows.count(MISSING)} of the {len(rows)} rows of "
+                    f"{donor.name}'s vocabulary, which has no such tensor to take them from"
+                )
+            return with_rows(tensor, dim, rows, tensor)
+        wanted = given.shape[dim]
         if wanted > len(rows):
             return tensor  # a difference of shapes, reported as such
-        return with_rows(tensor, dims[name], rows[:wanted], given)
+        return with_rows(tensor, dim, rows[:wanted], given)
 
-    return matched, notes
+    return matched

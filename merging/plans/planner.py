@@ -55,6 +55,7 @@ def plan_model(
         first, stored = role.operands[0]
         given = role.given or first.tensors[stored]
         sources = tuple(match(model, stored, given) for model, stored in role.operands)
+        given = role.given or sources[0]
         arguments = recipe.arguments(role.part, name, role.place)
         tensors[name] = _planned(recipe, given, sources, arguments, dtype)
         if refusal := recipe.refusal(arguments):

@@ -1,0 +1,146 @@
+"""The tokens of a folder's tokenizer, whatever kinds of files it has, with their ids."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence, Set
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from merging.models.checkpoints import Checkpoint
+from merging.problems import Problems, collecting, first_line, refuse
+
+# Files from which transformers can build a tokenizer when there is no tokenizer.json.
+VOCABULARY_FILES = (
+    "tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model source.spm "
+    "tekken.json qwen.tiktoken tiktoken.model"
+).split()
+TOKENIZER_FILES = re.compile(r"token|vocab|merges|\.model$|\.spm$|tekken|\.py$")
+LIBRARIES = ("sentencepiece", "protobuf")  # that transformers asks for when it needs them
+
+
+def read_tokens(
+    folder: Path, trust_remote_code: bool = False, side: str = ""
+) -> dict[str, int] | None:
+    """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
+
+    `side` is the file of one language's tokens, if the folder has it. Raises Problems if the
+    tokenizer's files cannot be read.
+    """
+    try:
+        if side and (folder / side).is_file():
+            entries = json.loads((folder / side).read_text(encoding="utf-8"))
+            return {token: int(number) for token, number in entries.items()}
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokens: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+            if _declared_tokens(folder) <= tokens.keys():
+                return tokens
+        elif not has_tokenizer(folder):
+            return None
+        from transformers import AutoTokenizer  # slower, but knows every kind of file
+
+        tokens = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        ).get_vocab()
+        _check_complete(folder, tokens)
+        return dict(tokens)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
+        raise Problems(_unreadable(folder, error)) from error
+
+
+def _unreadable(folder: Path, error: BaseException) -> str:
+    """Say why a tokenizer cannot be read: a library may be missing."""
+    missing = [name for name in LIBRARIES if not _is_installed(name)]
+    cause, mend = first_line(error), "repair it"
+    if missing and not (folder / "tokenizer.json").is_file():
+        cause, mend = f"without {' and '.join(missing)}", f"pip install {' '.join(missing)}"
+    return (
+        f"{folder}: its tokenizer cannot be read ({cause}); {mend}, or remove its files to match "
+        "rows by number"
+    )
+
+
+def has_tokenizer(folder: Path, side: str = "") -> bool:
+    """Whether a folder has files from which transformers can build a tokenizer."""
+    names = ("tokenizer.json", *VOCABULARY_FILES, *filter(None, [side]))
+    return any((folder / name).is_file() for name in names)
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return bool(version(library))
+    except PackageNotFoundError:
+        return False
+
+
+def _fingerprint(checkpoint: Checkpoint) -> bytes:
+    """Return what tells apart the files of tokenizers, and the model types that read them."""
+    digest = hashlib.sha256(checkpoint.config.model_type.encode())
+    for file in sorted(checkpoint.folder.iterdir()):
+        if TOKENIZER_FILES.search(file.name) and file.is_file():
+            content = file.read_bytes()
+            digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.digest()
+
+
+def _declared_tokens(folder: Path) -> set[str]:
+    """Return the tokens that files beside tokenizer.json declare, or name by role."""
+    named: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = _read(folder / name)
+        for entry in (content.get("added_tokens_decoder") or {}).values():
+            named.add(entry["content"])
+        for key, value in content.items():
+            if not key.endswith(("_token", "special_tokens")):
+                continue
+            by_name = isinstance(value, dict) and "content" not in value
+            values = list(value.values()) if by_name else value
+            values = values if isinstance(values, list) else [values]
+            contents = [v.get("content") if isinstance(v, dict) else v for v in values]
+            named |= {content for content in contents if isinstance(content, str)}
+    return named | _read(folder / "added_tokens.json").keys()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return a JSON file's content; nothing if there is no such file."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
+    """Refuse a tokenizer that transformers made without the vocabulary file that is there."""
+    if (folder / "vocab.json").is_file():
+        expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    elif (folder / "vocab.txt").is_file():
+        expected = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    else:
+        return
+    if len(tokens) < expected / 2:
+        raise ValueError(f"transformers gives {len(tokens)} tokens, its vocabulary has {expected}")
+
+
+def read_all_tokens(
+    everyone: Sequence[Checkpoint], sides: Set[str], trust: bool
+) -> dict[tuple[Checkpoint, str], Mapping[str, int] | None]:
+    """Read the tokens of checkpoints; files that are the same in all of them need no reading."""
+    prints = {checkpoint: _fingerprint(checkpoint) for checkpoint in everyone}
+    known: dict[tuple[bytes, str], Mapping[str, int] | None] = {}
+    problems: list[str] = []
+    for checkpoint in everyone:
+        for side in sides:
+            if (prints[checkpoint], side) not in known:
+                with collecting(problems):
+                    known[prints[checkpoint], side] = (
+                        read_tokens(checkpoint.folder, trust, side)
+                        if len({*prints.values()}) > 1
+                        else {}
+                        if has_tokenizer(checkpoint.folder, side)
+                        else None
+                    )
+    refuse(problems)
+    return {(c, side): known[prints[c], side] for c in everyone for side in sides}

@@ -1,0 +1,98 @@
+"""Where vocabularies are: the config's keys of their sizes, and the tensors that grow with those.
+
+Asked of models on the meta device, that differ from each other in one number of the config.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from merging.models.structure import Structure
+from merging.problems import Problems, first_line
+
+# Config keys that say how many rows there are, and those of them that count no tokens of a
+# tokenizer: by their own names, or by those of the parts that they are in.
+VOCABULARY_SIZE = re.compile(r"vocab_size(_per_layer_input)?$")
+NO_TOKENS = re.compile(
+    r"(^|\.)[^.]*(audio|vision|image|speech|talker|qformer|projector|protein|acoustics|timestamp)"
+    r"[^.]*\.|(audio|vision|mel|codebook|t2u|unit_hifi_gan|char|shape|pronunciation|composer"
+    r"|num_speakers|input|output)_vocab_size$"
+)
+GROWTH = 64  # a multiple of what classes round sizes up to
+OF_KINDS = re.compile(r"type_vocab_size$")  # of segments, tasks, modalities: a handful
+
+
+def _parts(config: PretrainedConfig, label: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
+    """Yield a config and those inside it, each with the start of its keys' labels."""
+    yield label, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value, f"{label}{name}.")
+
+
+def vocabulary_sizes(structure: Structure, of_tokens: bool = True) -> dict[str, int]:
+    """Return the config's numbers of tokens, or of other things with rows, by their keys.
+
+    Those of its parts too, as `text_config.vocab_size`.
+    """
+    found = {}
+    for label, part in _parts(structure.config):
+        values = part.to_dict()
+        keys = [k for k in values if VOCABULARY_SIZE.search(k) and not OF_KINDS.search(k)]
+        of_codes = "num_codebooks" in values and not any(NO_TOKENS.search(k) for k in keys)
+        for key in keys:
+            is_other = NO_TOKENS.search(label + key) or (of_codes and key == "vocab_size")
+            if isinstance(values[key], int) and values[key] and bool(is_other) != of_tokens:
+                found[label + key] = values[key]
+    return found
+
+
+def vocabulary_dims(structure: Structure, stored: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Map the stored tensors that have one entry a token to the dimension that counts them.
+
+    By the config's key: a tensor is one if it grows with that number, whatever it is called and
+    whatever other dimensions happen to be as large. Raises Problems.
+    """
+    names = structure.parameters_of(stored)
+    before = _grown(structure, "", 0)
+    found: dict[str, dict[str, int]] = {}
+    for key, size in vocabulary_sizes(structure).items():
+        after, dims = _grown(structure, key, GROWTH), {}
+        for name, parameter in names.items():
+            shapes = before.get(parameter, ()), after.get(parameter, ())
+            grown = [d for d, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) > 1]
+            if grown and not any(name in group for group in found.values()):
+                dims[name] = grown[0]
+                one, more = (shape[grown[0]] for shape in shapes)
+                times = (more - one) // GROWTH
+                if times > 1 and one == times * size:
+                    raise Problems(
+                        f"{name} has {times} entries for each of config.json's {key}, "
+                        "which cannot be matched by token; give all models one tokenizer"
+                    )
+        if dims:
+            found[key] = dims
+    return found
+
+
+def _grown(structure: Structure, label: str, by: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the class's tensors when one number of its config is larger."""
+    copy = type(structure.config).from_dict(structure.config.to_dict())
+    *path, key = label.split(".")
+    part: Any = copy
+    for name in path:
+        part = getattr(part, name)
+    if by:
+        setattr(part, key, getattr(part, key) + by)
+    try:
+        with torch.device("meta"), no_init_weights():
+            return {name: tuple(t.shape) for name, t in structure.cls(copy).state_dict().items()}
+    except Exception as error:  # of the class's own checks
+        raise Problems(
+            f"{structure.cls.__name__} cannot be built with another {label}, so that its rows "
+            f"cannot be matched by token ({first_line(error)}); give all models one tokenizer"
+        ) from error
