@@ -31,6 +31,32 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems.append(explain(error))
 
 
+@contextmanager
+def reading(model: object, what: str) -> Iterator[None]:
+    """Make Problems, with the model's name, of what a library raises about a user's file.
+
+    For the places where libraries touch those: code and parsers may raise anything there.
+    """
+    try:
+        yield
+    except Problems:
+        raise
+    except MemoryError as error:
+        raise Problems(f"{model}: {what}: too little memory to read it") from error
+    except OSError as error:
+        raise Problems(f"{model}: {what}: {explain(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise Problems(f"{model}: {what}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return an error's message as one line, with its kind if that may say more."""
+    message = " ".join(str(error).split())[:500]
+    if isinstance(error, ValueError | OSError) and message:
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
 def explain(error: BaseException) -> str:
     """Return an error's message; of a failed system call, the file and the cause."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

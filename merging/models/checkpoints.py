@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from merging.models.folders import read_json
 from merging.models.tensors import LazyTensor
-from merging.problems import Problems
+from merging.problems import Problems, cause
 
 # Config values that do not change what a model computes with the same tensors: those that every
 # config has, and those of vocabularies (whose rows are matched), training and initial values.
@@ -42,12 +42,14 @@ def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         if not isinstance(text_config(config), PretrainedConfig):
             raise ValueError("the config of its text part is no mapping")
         return config
-    except Exception as error:  # of many kinds, about a user's file
-        cause = " ".join(str(error).split())[:500]
-        own_code = "auto_map" in read_json(model, folder / "config.json")
+    except (Exception, SystemExit) as error:  # of many kinds, about a user's file and its code
+        found = cause(error)
+        own_code = read_json(model, folder / "config.json").get("auto_map")
         if own_code and not trust_remote_code:
-            cause = "it brings its own code; if you trust that, use --trust-remote-code"
-        raise Problems(f"{model}: transformers cannot read its config.json: {cause}") from error
+            found = "it brings its own code; if you trust that, use --trust-remote-code"
+        elif own_code:
+            found = f"{found} (it brings its own code: {own_code})"
+        raise Problems(f"{model}: transformers cannot read its config.json: {found}") from error
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from merging.models.hub import download
-from merging.problems import Problems, first_line, some
+from merging.problems import Problems, first_line, reading, some
 from merging.recipes.model_names import as_path, is_local
+from merging.recipes.user_files import read_text
 
 # Weight files in the order in which transformers prefers them, each with its index of shards.
 WEIGHT_FILES = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
+LARGEST_JSON = 10_000_000  # bytes of a config
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = re.compile(
@@ -69,10 +71,8 @@ def adapter_weights(model: str, folder: Path) -> Path:
 
 
 def read_json(model: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise Problems(f"{model}: {file.name} is not readable JSON: {error}") from error
+    with reading(model, f"{file.name} is not readable JSON"):
+        content = json.loads(read_text(file, LARGEST_JSON))
     if not isinstance(content, dict):
         raise Problems(f"{model}: {file.name} holds no JSON object")
     return content
@@ -101,11 +101,9 @@ def _check_config(model: str, folder: Path) -> None:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Return an index's map from tensor to file; the files must lie beside the index."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with reading(index, "expected a JSON index with a weight_map"):
+        listed = json.loads(read_text(index))["weight_map"]
         entries = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Problems(f"{index}: expected a JSON index with a weight_map: {error!r}") from error
     outside = {file for file in entries.values() if Path(file).name != file or "\\" in file}
     if outside:
         raise Problems(f"{index}: expected files beside the index, found {some(outside)}")

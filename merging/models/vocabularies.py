@@ -9,6 +9,7 @@ from merging.models.checkpoints import Checkpoint
 from merging.models.structure import Structure
 from merging.models.tensors import MISSING, LazyTensor, with_rows
 from merging.problems import Problems, collecting, first_line, refuse, some
+from merging.recipes.user_files import check_readable, read_text
 
 # Changes a tensor of a model, by its stored name, to have the rows of the donor's of that role.
 Matcher = Callable[[Checkpoint, str, LazyTensor], LazyTensor]
@@ -35,6 +36,7 @@ def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int]
     """
     try:
         if (folder / "tokenizer.json").is_file():
+            check_readable(folder / "tokenizer.json")
             from tokenizers import Tokenizer
 
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -50,7 +52,7 @@ def read_tokens(folder: Path, trust_remote_code: bool = False) -> dict[str, int]
         ).get_vocab()
         _check_complete(folder, tokens)
         return dict(tokens)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, Problems):
         raise
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
         raise Problems(
@@ -64,7 +66,7 @@ def _special_tokens(folder: Path) -> set[str]:
     named: set[str] = set()
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if file.is_file():
-            for key, value in json.loads(file.read_text(encoding="utf-8")).items():
+            for key, value in json.loads(read_text(file)).items():
                 if key.endswith("_token") or key.endswith("special_tokens"):
                     values = value if isinstance(value, list) else [value]
                     contents = [v.get("content") if isinstance(v, dict) else v for v in values]
@@ -75,9 +77,9 @@ def _special_tokens(folder: Path) -> set[str]:
 def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
     """Refuse a tokenizer that transformers made without the vocabulary file that is there."""
     if (folder / "vocab.json").is_file():
-        expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+        expected = len(json.loads(read_text(folder / "vocab.json")))
     elif (folder / "vocab.txt").is_file():
-        expected = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+        expected = len(read_text(folder / "vocab.txt").splitlines())
     else:
         return
     if len(tokens) < expected / 2:
@@ -89,10 +91,10 @@ def _with_added(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
     added: dict[str, int] = {}
     config, extra = folder / "tokenizer_config.json", folder / "added_tokens.json"
     if config.is_file():
-        entries = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        entries = json.loads(read_text(config)).get("added_tokens_decoder") or {}
         added |= {entry["content"]: int(number) for number, entry in entries.items()}
     if extra.is_file():
-        added |= {t: int(number) for t, number in json.loads(extra.read_text("utf-8")).items()}
+        added |= {t: int(number) for t, number in json.loads(read_text(extra)).items()}
     taken = set(tokens.values())
     new = {t: number for t, number in added.items() if t not in tokens and number not in taken}
     return tokens | new

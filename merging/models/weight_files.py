@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from merging.models.folders import weight_files
 from merging.models.tensors import LazyTensor
-from merging.problems import Problems, collecting, first_line, refuse, some
+from merging.problems import Problems, collecting, first_line, reading, refuse, some
+from merging.recipes.user_files import check_readable
 
 SAFETENSORS_DTYPES = {  # in the order in which a file has them
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
@@ -55,11 +56,10 @@ def read_file(model: str, file: Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
-    try:
+    with reading(file, "not a whole safetensors file"):
+        check_readable(file)
         opened: Any = safe_open(file, framework="pt")
         views = {name: opened.get_slice(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise Problems(f"{file}: not a whole safetensors file: {error}") from error
     tensors = {}
     for name, view in views.items():
         dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
@@ -74,6 +74,8 @@ def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
 
 
 def _read_pickle(model: str, file: Path) -> dict[str, LazyTensor]:
+    with reading(file, "cannot be read"):
+        check_readable(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds, about a user's file

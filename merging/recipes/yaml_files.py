@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.problems import Problems
+from merging.problems import Problems, reading
+from merging.recipes.user_files import read_text
+
+LARGEST = 1_000_000  # bytes of a file that people write
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
     """Return what a YAML file holds, and its text. Raises Problems if it is not valid."""
     import yaml  # here, as --help does not wait for it
 
-    try:
-        text = path.read_text(encoding="utf-8")
+    with reading(path, "not valid YAML"):
+        text = read_text(path, LARGEST)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("aliases (*name) are not understood, repeat what they stand for")
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
@@ -23,8 +28,6 @@ def read_yaml(path: Path) -> tuple[Any, str]:
             return (None if node is None else loader.construct_document(node)), text
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Problems(f"{path}: not valid YAML: {error}") from error
 
 
 def _duplicate_key(root: Any) -> str:
