@@ -8,9 +8,30 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
 from merging.problems import Problems, explain, first_line
 from merging.runs.staging import STOP_SIGNALS
+
+
+class Talk:
+    """Standard error, which may be full, closed or broken: that changes nothing of a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(text: str, quiet: bool = False) -> None:
@@ -59,6 +80,8 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in handled}
     collected = gc.isenabled()
+    if argv is None and sys.stderr is not None:  # a script
+        sys.stderr = Talk(sys.stderr)  # type: ignore[assignment]
     gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
         with warnings.catch_warnings():

@@ -24,6 +24,7 @@ from merging.models.weight_files import SAFETENSORS_DTYPES, read_folder
 from merging.plans.plan import Plan
 from merging.problems import Problems, reading, refuse, some
 from merging.runs.computing import available_processors, computed
+from merging.runs.console import say
 from merging.runs.direct import DirectFile
 from merging.runs.staging import staged
 
@@ -63,7 +64,7 @@ def save(
     """
     names = [name for shard in shards.values() for name in shard]
     threads = arguments.threads or available_processors()
-    with staged(output, overwrite=arguments.overwrite) as folder:
+    with staged(output, overwrite=arguments.overwrite, tell=say) as folder:
         with reading(plan.donor, "its config or generation config cannot be saved"):
             plan.model.save_pretrained(folder, state_dict={})
         with (
