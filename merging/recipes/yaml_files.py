@@ -10,6 +10,7 @@ from merging.problems import Problems, reading
 from merging.recipes.user_files import read_text
 
 LARGEST = 1_000_000  # bytes of a file that people write
+DEEPEST = 20  # values within values
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
@@ -18,8 +19,12 @@ def read_yaml(path: Path) -> tuple[Any, str]:
 
     with reading(path, "not valid YAML"):
         text = read_text(path, LARGEST)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases (*name) are not understood, repeat what they stand for")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()

@@ -28,8 +28,12 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
 
     Raises Problems if a value is not finite, with the name of its source.
     """
+    for source in planned.sources:
+        source.check()
     tensors = [source.read() for source in planned.sources]
     result = _combined(planned, tensors, device)
+    for source in planned.sources:
+        source.check()
     if not _is_finite(result):
         raise Problems(_blame(name, planned, tensors))
     return result.to("cpu").contiguous()
@@ -131,6 +135,7 @@ def _in_order(
             planned = plan.tensors[name]
             held += planned.nbytes
             for source in planned.sources:
+                source.check()
                 for part in source.stored():
                     _read_ahead(part.read())
             pending.append((planned.nbytes, pool.submit(compute, name, planned, device)))
