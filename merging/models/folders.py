@@ -4,6 +4,7 @@ Nothing here loads torch or transformers, so that a mistyped path is reported at
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ MODEL_FILES = re.compile(
     re.IGNORECASE,
 )
 
+# What else a folder may hold that is nothing but a model.
+MADE_FILES = re.compile(
+    r"^(config\.json|README\.md|\.gitattributes|[^/]*\.safetensors(\.index\.json)?"
+    r"|pytorch_model[^/]*\.bin(\.index\.json)?|\.cache/huggingface/.*)$"
+)
+
 
 def find_model(model: str, cache_dir: str | None = None) -> Path:
     """Return the folder of a model; of a Hub id, a snapshot that has all but the weights so far.
@@ -50,6 +57,30 @@ def find_model(model: str, cache_dir: str | None = None) -> Path:
         raise Problems(f"{model}: expected a directory with a model, found a file")
     _check_config(model, folder)
     return folder
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model's config and weights."""
+    names = [name for pair in WEIGHT_FILES.items() for name in pair]
+    has_weights = any((folder / name).is_file() for name in names)
+    return has_weights and (folder / "config.json").is_file()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return what lies in a folder that no model has: of other folders in it, their names."""
+    found = []
+    for path in folder.iterdir():
+        below = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+        names = [p.relative_to(folder).as_posix() for p in below if not p.is_dir()]
+        if any(not _may_be_in_a_model(name) for name in names):
+            found.append(path.name)
+    return found
+
+
+def _may_be_in_a_model(name: str) -> bool:
+    """Whether a model may have a file of this name."""
+    patterns = (MODEL_FILES.match, TOKENIZER_FILES.search, MADE_FILES.match)
+    return any(match(name) for match in patterns)
 
 
 def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
@@ -167,7 +198,28 @@ def files_of_a_model(donor: Path, tokenizer_from: Path | None) -> dict[str, Path
 
 
 def _plain_files(folder: Path) -> list[tuple[str, Path]]:
-    """Return the files of a folder and of the folders in it, by name, but not the hidden ones."""
-    found = sorted([*folder.glob("*"), *folder.glob("*/*")])
-    named = [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
+    """Return the files of a folder and of the folders in it, by name, but not the hidden ones.
+
+    And no links to elsewhere: an output is passed on.
+    """
+    named = [(name, path) for name, path in _all_files(folder) if _is_own(folder, path)]
     return [(name, path) for name, path in named if "/." not in f"/{name}"]
+
+
+def links_left_out(folder: Path) -> list[str]:
+    """Return a model's files that are not copied because they are links to outside of it."""
+    names = [name for name, path in _all_files(folder) if not _is_own(folder, path)]
+    return [name for name in names if MODEL_FILES.match(name) or TOKENIZER_FILES.search(name)]
+
+
+def _all_files(folder: Path) -> list[tuple[str, Path]]:
+    found = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    return [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
+
+
+def _is_own(folder: Path, path: Path) -> bool:
+    """Whether a file lies in its model's folder, or in its own repository of the Hub's cache."""
+    root, real = (Path(os.path.realpath(each)) for each in (folder, path))
+    repository = root.parent.parent
+    is_cached = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return root in real.parents or (is_cached and repository / "blobs" in real.parents)

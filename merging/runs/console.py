@@ -81,7 +81,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     before = {each: signal.signal(each, stop) for each in handled}
     collected = gc.isenabled()
     if argv is None and sys.stderr is not None:  # a script
-        sys.stderr = Talk(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = Talk(sys.stderr)
     gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
         with warnings.catch_warnings():

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.models.folders import files_of_a_model
+from merging.models.folders import files_of_a_model, links_left_out
 from merging.models.opening import Found, find_models, open_models
-from merging.problems import Problems, collecting, refuse
+from merging.problems import Problems, collecting, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table
 from merging.runs.console import peak_memory, say, say_path
@@ -53,6 +53,9 @@ def make(
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(recipe, arguments, {name: pair.folder for name, pair in found.items()})
+    for folder in {path.parent for path in files.values()} | {models[0].folder}:
+        if left_out := links_left_out(folder):
+            say(f"left out: {some(left_out)} of {folder}: links to outside", arguments.quiet)
     output = Path(arguments.output)
     extra = sum(path.stat().st_size for path in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
@@ -123,6 +126,7 @@ def _files(
     embedding = folders[str(recipe.embedding_source)]
     files = files_of_a_model(donor, embedding)
     files.pop("generation_config.json", None)  # it speaks of token ids
-    if (embedding / "generation_config.json").is_file():
-        files["generation_config.json"] = embedding / "generation_config.json"
+    of_embedding = files_of_a_model(embedding, None)
+    if "generation_config.json" in of_embedding:
+        files["generation_config.json"] = of_embedding["generation_config.json"]
     return files

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from merging.models.folders import is_model
 from merging.problems import Problems, explain
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
@@ -29,7 +30,11 @@ STOP_SIGNALS = [
 
 @contextmanager
 def staged(
-    output: Path, *, overwrite: bool = False, tell: Callable[[str], None] = lambda text: None
+    output: Path,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Give a directory to write in; when the `with` ends well, it becomes `output`.
 
@@ -37,13 +42,16 @@ def staged(
     was written is removed, with the parent directories that were made for it. Raises Problems if
     another run is writing the same output.
 
-    Once it has become `output`, nothing is an error: what else goes wrong is told.
+    `check` is called when all is ready, and may raise. Once the directory has become `output`,
+    nothing is an error: what else goes wrong is told.
     """
     output = output.resolve()
     staging, replaced = siblings(output)
-    made = [parent for parent in output.parents if not parent.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
     try:
+        for parent in reversed([parent for parent in output.parents if not parent.exists()]):
+            parent.mkdir(exist_ok=True)
+            made.append(parent)
         with _claimed(staging, output):
             done = False
             try:
@@ -53,6 +61,7 @@ def staged(
                 yield staging
                 _sync(staging)
                 with uninterrupted():
+                    check()
                     _put(staging, output, replaced, overwrite)
                     done = True
                     _finish(staging, output, replaced, tell)
@@ -61,8 +70,8 @@ def staged(
                     with uninterrupted():
                         shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
+        with suppress(OSError):  # of what is not empty
+            for parent in reversed(made):
                 parent.rmdir()
         raise
 
@@ -94,9 +103,14 @@ def _claimed(staging: Path, output: Path) -> Iterator[None]:
     try:
         if output.is_dir():
             locks.append(_lock(output, message))
-        for left in staging.iterdir():
-            is_folder = left.is_dir() and not left.is_symlink()
-            shutil.rmtree(left) if is_folder else left.unlink()
+        try:
+            for left in staging.iterdir():
+                is_folder = left.is_dir() and not left.is_symlink()
+                shutil.rmtree(left) if is_folder else left.unlink()
+        except OSError as error:
+            raise Problems(
+                f"{staging}: left by an earlier run, cannot be removed: {explain(error)}"
+            ) from error
         yield
     finally:
         for lock in locks:
@@ -131,7 +145,7 @@ def _lock(directory: Path, message: str) -> int:
 
 def _recover(replaced: Path, output: Path) -> None:
     """Undo what a run left that was killed between the two renames of `_put`."""
-    if replaced.exists():
+    if is_model(replaced):  # any other folder of that name is not ours
         if output.exists():
             shutil.rmtree(replaced)
         else:

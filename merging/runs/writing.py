@@ -26,6 +26,7 @@ from merging.problems import Problems, reading, refuse, some
 from merging.runs.computing import available_processors, computed
 from merging.runs.console import say
 from merging.runs.direct import DirectFile
+from merging.runs.outputs import overwrite_problems
 from merging.runs.staging import staged
 
 Shards = Mapping[str, Sequence[str]]  # the names of the tensors in each file, in its order
@@ -64,7 +65,8 @@ def save(
     """
     names = [name for shard in shards.values() for name in shard]
     threads = arguments.threads or available_processors()
-    with staged(output, overwrite=arguments.overwrite, tell=say) as folder:
+    check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
+    with staged(output, overwrite=arguments.overwrite, tell=say, check=check) as folder:
         with reading(plan.donor, "its config or generation config cannot be saved"):
             plan.model.save_pretrained(folder, state_dict={})
         with (
@@ -81,6 +83,9 @@ def save(
         if arguments.model_card:
             (folder / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))
         verify(folder, plan)
+        for tensor in plan.tensors.values():
+            for source in tensor.sources:
+                source.check()
 
 
 def write_shard(
