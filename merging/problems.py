@@ -69,8 +69,15 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Return a name with its control characters escaped, and without its middle if it is long."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...({len(text)} characters)...{text[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """Return names as text, sorted, the first few and how many more."""
-    listed = sorted(names)
+    listed = sorted(map(printable, names))
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

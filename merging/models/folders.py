@@ -6,6 +6,7 @@ Nothing here loads torch or transformers, so that a mistyped path is reported at
 import json
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ WEIGHT_FILES = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
+# Of numbers in a config: transformers makes something for each, whatever the files hold.
+LIMITS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2000)
+LIMITS |= {"num_labels": 1_000_000}
 LARGEST_JSON = 10_000_000  # bytes of a config
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -52,11 +56,21 @@ def find_model(model: str, cache_dir: str | None = None) -> Path:
     if not is_local(model):
         folder = download(model, cache_dir)
     elif not folder.exists():
-        raise Problems(f"{model}: looked for a local directory, there is none")
+        raise Problems(f"{model}: looked for a local directory, there is none{_nearest(model)}")
     elif not folder.is_dir():
         raise Problems(f"{model}: expected a directory with a model, found a file")
     _check_config(model, folder)
     return folder
+
+
+def _nearest(model: str) -> str:
+    """Suggest a folder beside a path that does not exist."""
+    parent, slash, name = model.rpartition("/")
+    try:
+        beside = get_close_matches(name, os.listdir(as_path(parent + slash or ".")), 1)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {parent}{slash}{beside[0]}?" if beside else ""
 
 
 def is_model(folder: Path) -> bool:
@@ -119,6 +133,10 @@ def _check_config(model: str, folder: Path) -> None:
             )
         raise Problems(f"{model}: no config.json in {folder}, so it is not a model")
     config = read_json(model, folder / "config.json")
+    for key, limit in LIMITS.items():
+        value = config.get(key)
+        if isinstance(value, int) and value > limit:
+            raise Problems(f"{model}: config.json says {key} {value:.3g}, expected at most {limit}")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         quantisation = part.get("quantization_config")

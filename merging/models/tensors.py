@@ -25,9 +25,7 @@ class WatchedFile:
     def check(self) -> None:
         """Raise Problems if it has changed since it was opened: its pages may be gone."""
         if self._look() != self._state:
-            raise Problems(
-                f"{self.path}: changed while it was merged; merge it again"
-            )
+            raise Problems(f"{self.path}: changed while it was merged; merge it again")
 
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._stream.fileno())

@@ -1,5 +1,6 @@
 """Read YAML files: plain values, no key twice, and fields that are checked as they are read."""
 
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from merging.recipes.user_files import read_text
 
 LARGEST = 1_000_000  # bytes of a file that people write
 DEEPEST = 20  # values within values
+DIGITS = r"[0-9]+\.[0-9]*|\.[0-9]+"
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
@@ -20,12 +22,12 @@ def read_yaml(path: Path) -> tuple[Any, str]:
     with reading(path, "not valid YAML"):
         text = read_text(path, LARGEST)
         depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
-        loader = yaml.SafeLoader(text)
+        loader = _plain_loader(yaml)(text)
         try:
             node = loader.get_single_node()
             if twice := _duplicate_key(node):
@@ -33,6 +35,27 @@ def read_yaml(path: Path) -> tuple[Any, str]:
             return (None if node is None else loader.construct_document(node)), text
         finally:
             loader.dispose()
+
+
+def _plain_loader(yaml: Any) -> Any:
+    """Return a loader that takes numbers for numbers, true and false, and all else for text.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, and 1e-3 as text.
+    """
+    loader: Any = type("PlainLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
+    for tag, pattern, starts in (
+        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+        (
+            "float",
+            rf"[-+]?(({DIGITS})(e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.(inf|nan))",
+            "-+.0123456789",
+        ),
+        ("bool", "true|false", "tfTF"),
+        ("null", "~|null|", ["~", "n", "N", ""]),
+    ):
+        regex = re.compile(f"^({pattern})$", re.IGNORECASE)
+        loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", regex, list(starts))
+    return loader
 
 
 def _duplicate_key(root: Any) -> str:

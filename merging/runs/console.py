@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from merging.problems import Problems, explain, first_line
+from merging.problems import Problems, explain, first_line, printable
 from merging.runs.staging import STOP_SIGNALS
+
+MOST_LINES, LONGEST = 30, 3000  # of a message; the latter in characters
 
 
 class Talk:
@@ -37,7 +39,8 @@ class Talk:
 def say(text: str, quiet: bool = False) -> None:
     """Print on standard error, if that is open."""
     if not quiet and sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        lines = [printable(line, 100_000) for line in text.split("\n")]
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def say_path(path: str) -> None:
@@ -94,7 +97,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             return 128 + received[0]
         if (message := mendable(error)) is None:
             raise
-        say(f"error: {message}")
+        say(f"error: {_shortened(message)}{_lost_directory()}")
         return 2
     finally:
         if collected:
@@ -105,6 +108,25 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             for each, handler in before.items():
                 signal.signal(each, handler)
     return 0
+
+
+def _shortened(message: str) -> str:
+    """Return the first lines of a message, and how many more there are."""
+    lines = [printable(line, LONGEST // 4) for line in message.split("\n")]
+    kept = lines[:MOST_LINES]
+    while len("\n".join(kept)) > LONGEST:
+        kept.pop()
+    more = len(lines) - len(kept)
+    return "\n".join([*kept, *[f"  and {more} more"] * (more > 0)])
+
+
+def _lost_directory() -> str:
+    """Say that the working directory is gone, if so: then no relative path is found."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return " (the working directory does not exist any more)"
+    return ""
 
 
 def mendable(error: BaseException) -> str | None:
