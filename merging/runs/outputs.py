@@ -25,7 +25,7 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
         return [f"{output}: the root directory cannot be an output"]
     problems = []
     for given in inputs:
-        source = given.resolve()
+        source = Path(os.path.realpath(given))
         if (
             source in (target, *siblings(target))
             or target in source.parents
@@ -35,7 +35,9 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
                 f"{output}: the output is, contains or lies in the input {given}; name another"
             )
         elif source.is_dir():
-            linked = [f.name for f in source.iterdir() if target in f.resolve().parents]
+            linked = [
+                f.name for f in source.iterdir() if target in Path(os.path.realpath(f)).parents
+            ]
             if linked:
                 problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
     if _is_mount(target):
@@ -68,7 +70,7 @@ def _name_problem(name: str) -> str:
     except UnicodeEncodeError:
         return "the name is not UTF-8"
     if "\0" in name:
-        return "the name has a zero byte in it"
+        return "the name has a null byte in it"
     if len(parts) > 200:
         return f"the path has {len(parts)} parts, expected at most 200"
     return "the path is too long" if size > 3500 or longest > 255 else ""
