@@ -18,7 +18,7 @@ for pattern in patterns:
     try:
         compiled = re.compile(rf"(.*\\.)?({pattern})$")
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(str(error) or type(error).__name__)
     for name in names:
         if name not in found and compiled.match(name):
             found[name] = pattern

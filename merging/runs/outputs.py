@@ -35,9 +35,8 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
                 f"{output}: the output is, contains or lies in the input {given}; name another"
             )
         elif source.is_dir():
-            linked = [
-                f.name for f in source.iterdir() if target in Path(os.path.realpath(f)).parents
-            ]
+            real = {file.name: Path(os.path.realpath(file)) for file in source.iterdir()}
+            linked = [name for name, path in real.items() if target in path.parents]
             if linked:
                 problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
     if _is_mount(target):
