@@ -1,4 +1,8 @@
-"""A few seconds of the fuzzer; `python tests/fuzz.py --minutes 60` is the long run."""
+"""A few seconds of the fuzzer; `python tests/fuzz.py --minutes 60` is the long run.
+
+Of the slow tests of hostile inputs, the Hub's protocol and the emulated device, a sample runs by
+default; `ALL_TESTS=1 python -m pytest` runs all.
+"""
 
 import random
 import sys
