@@ -13,6 +13,7 @@ names a lm_head_source of its own.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("config", help="YAML file that lists the slices of layers")
-    parser.add_argument("output", help="directory to write the stacked model to")
+    parser.add_argument(
+        "output", type=os.path.expanduser, help="directory to write the stacked model to"
+    )
     add_common_options(parser)
     return parser
 

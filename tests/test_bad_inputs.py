@@ -393,7 +393,7 @@ STACKS = {
         "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
         "c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
         "layer_slices: *d",
-        "layer_slices[0]",
+        "aliases",
     ),
     "scale nan": ("layer_slices: [{model: good, start: 0, end: 1, scale: .nan}]", "[0].scale"),
     "scale a list": ("layer_slices: [{model: good, start: 0, end: 1, scale: [1]}]", "[0].scale"),

@@ -1,6 +1,6 @@
 """Both scripts on every causal class of transformers, against oracles of their own.
 
-EVERY_CLASS=1 python -m pytest tests/test_every_class.py
+ALL_TESTS=1 python -m pytest tests/test_every_class.py
 
 Without the variable, some thirty of the causal classes are tried. The option
 --junitxml=FILE keeps what each class came to: its property `refused` is the message of a refusal.
@@ -34,7 +34,7 @@ FORMS = """BambaForCausalLM BartForCausalLM BltForCausalLM CpmAntForCausalLM Dif
     Gemma4UnifiedForCausalLM GitForCausalLM GPTNeoForCausalLM GPTNeoXJapaneseForCausalLM
     JambaForCausalLM LongcatFlashForCausalLM ProphetNetForCausalLM Qwen3MoeForCausalLM
     Zamba2ForCausalLM ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""".split()
-CHOSEN = CAUSAL if os.environ.get("EVERY_CLASS") else sorted({*FORMS, *CAUSAL[::20]})
+CHOSEN = CAUSAL if os.environ.get("ALL_TESTS") else sorted({*FORMS, *CAUSAL[::20]})
 
 # Of each layer of a stack, the model and the layer there. Seven of four: no period of two survives.
 STACK = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]

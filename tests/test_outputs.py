@@ -80,10 +80,11 @@ def test_overwriting_swaps_whole_directories(
 def test_an_old_output_is_restored_after_a_kill_between_two_renames(output: Path) -> None:
     replaced = output.parent / ".model.replaced"
     replaced.mkdir(parents=True)
-    (replaced / "old").write_text("whole")
+    (replaced / "config.json").write_text("{}")
+    (replaced / "model.safetensors").write_text("whole")
     with pytest.raises(KeyError), staged(output, overwrite=True):
         raise KeyError
-    assert contents(output) == {"old": b"whole"}
+    assert contents(output) == {"config.json": b"{}", "model.safetensors": b"whole"}
 
 
 def test_an_output_may_be_a_link(inputs: list[str], output: Path, tmp_path: Path) -> None:

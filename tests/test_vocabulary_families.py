@@ -1,6 +1,6 @@
 """Rows follow their tokens in every family of models that has tokens, wherever it has them.
 
-EVERY_CLASS=1 python -m pytest tests/test_vocabulary_families.py
+ALL_TESTS=1 python -m pytest tests/test_vocabulary_families.py
 
 Without the variable, one family of each kind is tried.
 """
@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 SAMPLE = """BartForConditionalGeneration CLIPModel MarianMTModel
     ProphetNetForConditionalGeneration SeamlessM4TForTextToText T5GemmaForConditionalGeneration
     Wav2Vec2ForCTC""".split()
-CHOSEN = FAMILIES if os.environ.get("EVERY_CLASS") else SAMPLE
+CHOSEN = FAMILIES if os.environ.get("ALL_TESTS") else SAMPLE
 
 
 def permuted(tensors: dict[str, Tensor], rows: dict[int, Tensor]) -> dict[str, Tensor]:

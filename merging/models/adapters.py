@@ -19,14 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from merging.models.checkpoints import Checkpoint, changed_config
 from merging.models.folders import ADAPTER_CONFIG, adapter_weights, read_json
+from merging.models.patterns import first_matches
 from merging.models.structure import Structure
 from merging.models.tensors import LazyTensor
 from merging.models.weight_files import read_file
 from merging.problems import Problems, collecting, refuse, some
+from merging.recipes.yaml_files import is_number
 
 BLOCK = 1 << 20  # elements of a weight that are changed at a time
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB])(?:\.weight)?$")
+FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?$"
+)
 # Settings of peft that change what an adapter's tensors mean.
 UNSUPPORTED = (
     "use_dora use_qalora lora_bias target_parameters trainable_token_indices layer_replication "
@@ -36,6 +40,7 @@ UNSUPPORTED = (
 # Initialisations after which the base is still the one that was published.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 WRAPPERS = re.compile(r"\.base_layer\.|\.modules_to_save\.(default\.)?")
+OTHER_MODEL = "probably an adapter of another model"
 DEFAULT_ALPHA = 8  # peft's
 
 
@@ -76,19 +81,28 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
             tensors[place] = _cast(stored[key], original.dtype)
             replaced |= set() if of_base else {place}
     untied = _untie(checkpoint, tensors, tied, replaced)
+    patterns: dict[str, str | None] = dict.fromkeys(factors)
+    with collecting(problems):
+        patterns = first_matches(list(config.get("alpha_pattern") or {}), list(factors))
+    unfit: list[str] = []
     for module, found in factors.items():
+        if len(stored[found.a].shape) > 2:
+            unfit.append(f"the adapter's {found.a} is of a convolution, which cannot be applied")
+            continue
         name = names.stored(f"{module}.weight")
         place = name if name in tensors else tied.get(name, name)
         if place not in tensors:
-            problems.append(f"the adapter's {found.a} matches no tensor of the model")
+            unfit.append(f"the adapter's {found.a} matches no tensor of the model")
             continue
         flipped = found.is_embedding or names.is_flipped(place)
         rank = stored[found.a].shape[0] if stored[found.a].shape else 0
-        scale = _scale(config, module, rank) if rank else 0.0
-        with collecting(problems):
+        scale = _scale(config, patterns[module], rank) if rank else 0.0
+        with collecting(unfit):
             pair = (stored[found.a], stored[found.b])
             tensors[place] = _with_product(tensors[place], place, pair, scale, flipped)
-    refuse([f"{checkpoint.name}: {problem}" for problem in problems])
+    if len(unfit) > 5 and len(unfit) == len(factors):
+        unfit = [f"none of the {len(unfit)} modules fits, as in: {unfit[0]}; {OTHER_MODEL}"]
+    refuse([f"{checkpoint.name}: {problem}" for problem in problems + unfit])
     changes = {"tie_word_embeddings": False} if untied else {}
     config_after = changed_config(checkpoint.config, **changes) if changes else checkpoint.config
     return replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
@@ -125,13 +139,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{key}: expected a finite number, found {alpha!r}"
         for key, alpha in alphas.items()
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha)
+        if not is_number(alpha)
     ]
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"alpha_pattern.{pattern}: not a regular expression: {error}")
     return problems
 
 
@@ -213,12 +222,10 @@ def _untie(
     return untied
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(config: Mapping[str, Any], pattern: str | None, rank: int) -> float:
     alpha = float(config.get("lora_alpha", DEFAULT_ALPHA))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
+    if pattern is not None:
+        alpha = float(config["alpha_pattern"][pattern])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from merging.models.folders import read_json
 from merging.models.tensors import LazyTensor
-from merging.problems import Problems, some
+from merging.problems import Problems, cause, refuse, some
 
 # Config values that do not change what a model computes with the same tensors: those that every
 # config has, and those of vocabularies (whose rows are matched), training and initial values.
@@ -35,6 +35,8 @@ class Checkpoint:
 
 def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return a model's config; Problems if transformers does not understand it."""
+    names = [key for key in read_json(model, folder / "config.json") if is_method(key)]
+    refuse(f"{model}: config.json has {key}, which is no setting" for key in names)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -42,12 +44,19 @@ def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         if not isinstance(text_config(config), PretrainedConfig):
             raise ValueError("the config of its text part is no mapping")
         return config
-    except Exception as error:  # of many kinds, about a user's file
-        cause = " ".join(str(error).split())[:500]
-        own_code = "auto_map" in read_json(model, folder / "config.json")
+    except (Exception, SystemExit) as error:  # of many kinds, about a user's file and its code
+        found = cause(error)
+        own_code = read_json(model, folder / "config.json").get("auto_map")
         if own_code and not trust_remote_code:
-            cause = "it brings its own code; if you trust that, use --trust-remote-code"
-        raise Problems(f"{model}: transformers cannot read its config.json: {cause}") from error
+            found = "it brings its own code; if you trust that, use --trust-remote-code"
+        elif own_code:
+            found = f"{found} (it brings its own code: {own_code})"
+        raise Problems(f"{model}: transformers cannot read its config.json: {found}") from error
+
+
+def is_method(key: str) -> bool:
+    """Whether a config's key would take the place of what all configs do."""
+    return key.startswith("__") or callable(getattr(PretrainedConfig, key, None))
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -4,19 +4,26 @@ Nothing here loads torch or transformers, so that a mistyped path is reported at
 """
 
 import json
+import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from merging.models.hub import download
-from merging.problems import Problems, first_line, some
+from merging.problems import Problems, first_line, reading, some
 from merging.recipes.model_names import as_path, is_local
+from merging.recipes.user_files import read_text
 
 # Weight files in the order in which transformers prefers them, each with its index of shards.
 WEIGHT_FILES = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
+# Of numbers in a config: transformers makes something for each, whatever the files hold.
+LIMITS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2000)
+LIMITS |= {"num_labels": 1_000_000}
+LARGEST_JSON = 10_000_000  # bytes of a config
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = re.compile(
@@ -33,6 +40,12 @@ MODEL_FILES = re.compile(
     re.IGNORECASE,
 )
 
+# What else a folder may hold that is nothing but a model.
+MADE_FILES = re.compile(
+    r"^(config\.json|README\.md|\.gitattributes|[^/]*\.safetensors(\.index\.json)?"
+    r"|pytorch_model[^/]*\.bin(\.index\.json)?|\.cache/huggingface/.*)$"
+)
+
 
 def find_model(model: str, cache_dir: str | None = None) -> Path:
     """Return the folder of a model; of a Hub id, a snapshot that has all but the weights so far.
@@ -43,11 +56,45 @@ def find_model(model: str, cache_dir: str | None = None) -> Path:
     if not is_local(model):
         folder = download(model, cache_dir)
     elif not folder.exists():
-        raise Problems(f"{model}: looked for a local directory, there is none")
+        raise Problems(f"{model}: looked for a local directory, there is none{_nearest(model)}")
     elif not folder.is_dir():
         raise Problems(f"{model}: expected a directory with a model, found a file")
     _check_config(model, folder)
     return folder
+
+
+def _nearest(model: str) -> str:
+    """Suggest a folder beside a path that does not exist."""
+    parent, slash, name = model.rpartition("/")
+    try:
+        beside = get_close_matches(name, os.listdir(as_path(parent + slash or ".")), 1)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {parent}{slash}{beside[0]}?" if beside else ""
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model's config and weights."""
+    names = [name for pair in WEIGHT_FILES.items() for name in pair]
+    has_weights = any((folder / name).is_file() for name in names)
+    return has_weights and (folder / "config.json").is_file()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return what lies in a folder that no model has: of other folders in it, their names."""
+    found = []
+    for path in folder.iterdir():
+        below = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+        names = [p.relative_to(folder).as_posix() for p in below if not p.is_dir()]
+        if any(not _may_be_in_a_model(name) for name in names):
+            found.append(path.name)
+    return found
+
+
+def _may_be_in_a_model(name: str) -> bool:
+    """Whether a model may have a file of this name."""
+    patterns = (MODEL_FILES.match, TOKENIZER_FILES.search, MADE_FILES.match)
+    return any(match(name) for match in patterns)
 
 
 def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
@@ -69,10 +116,8 @@ def adapter_weights(model: str, folder: Path) -> Path:
 
 
 def read_json(model: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise Problems(f"{model}: {file.name} is not readable JSON: {error}") from error
+    with reading(model, f"{file.name} is not readable JSON"):
+        content = json.loads(read_text(file, LARGEST_JSON))
     if not isinstance(content, dict):
         raise Problems(f"{model}: {file.name} holds no JSON object")
     return content
@@ -88,6 +133,10 @@ def _check_config(model: str, folder: Path) -> None:
             )
         raise Problems(f"{model}: no config.json in {folder}, so it is not a model")
     config = read_json(model, folder / "config.json")
+    for key, limit in LIMITS.items():
+        value = config.get(key)
+        if isinstance(value, int) and value > limit:
+            raise Problems(f"{model}: config.json says {key} {value:.3g}, expected at most {limit}")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         quantisation = part.get("quantization_config")
@@ -101,11 +150,9 @@ def _check_config(model: str, folder: Path) -> None:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Return an index's map from tensor to file; the files must lie beside the index."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with reading(index, "expected a JSON index with a weight_map"):
+        listed = json.loads(read_text(index))["weight_map"]
         entries = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Problems(f"{index}: expected a JSON index with a weight_map: {error!r}") from error
     outside = {file for file in entries.values() if Path(file).name != file or "\\" in file}
     if outside:
         raise Problems(f"{index}: expected files beside the index, found {some(outside)}")
@@ -169,7 +216,28 @@ def files_of_a_model(donor: Path, tokenizer_from: Path | None) -> dict[str, Path
 
 
 def _plain_files(folder: Path) -> list[tuple[str, Path]]:
-    """Return the files of a folder and of the folders in it, by name, but not the hidden ones."""
-    found = sorted([*folder.glob("*"), *folder.glob("*/*")])
-    named = [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
+    """Return the files of a folder and of the folders in it, by name, but not the hidden ones.
+
+    And no links to elsewhere: an output is passed on.
+    """
+    named = [(name, path) for name, path in _all_files(folder) if _is_own(folder, path)]
     return [(name, path) for name, path in named if "/." not in f"/{name}"]
+
+
+def links_left_out(folder: Path) -> list[str]:
+    """Return a model's files that are not copied because they are links to outside of it."""
+    names = [name for name, path in _all_files(folder) if not _is_own(folder, path)]
+    return [name for name in names if MODEL_FILES.match(name) or TOKENIZER_FILES.search(name)]
+
+
+def _all_files(folder: Path) -> list[tuple[str, Path]]:
+    found = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    return [(path.relative_to(folder).as_posix(), path) for path in found if path.is_file()]
+
+
+def _is_own(folder: Path, path: Path) -> bool:
+    """Whether a file lies in its model's folder, or in its own repository of the Hub's cache."""
+    root, real = (Path(os.path.realpath(each)) for each in (folder, path))
+    repository = root.parent.parent
+    is_cached = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return root in real.parents or (is_cached and repository / "blobs" in real.parents)

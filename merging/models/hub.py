@@ -16,7 +16,12 @@ NOT_DOWNLOADED += ["*/*.safetensors*", "original/*", "onnx/*", "openvino/*"]
 def download(model: str, cache_dir: str | None, only: Sequence[str] | None = None) -> Path:
     """Return a snapshot of a repository that has its files but the weights, or `only` some."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = model.partition("@")
     try:
@@ -37,13 +42,32 @@ def download(model: str, cache_dir: str | None, only: Sequence[str] | None = Non
             f"{model}: no local directory and no model of the Hub, or a private one, for which to "
             "log in with `hf auth login`"
         ) from error
+    except RevisionNotFoundError as error:
+        raise Problems(f"{model}: the Hub has no revision {revision} of {repo}") from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise Problems(_absent(model, constants.HF_HUB_OFFLINE, error)) from error
+        raise Problems(f"{model}: {_unreachable(error)}, and it is not in the cache") from error
     except Exception as error:  # network libraries raise errors of many kinds
-        where = "in the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "on the Hub"
-        raise Problems(
-            f"{model}: looked for a local directory and {where}, found no such model: "
-            f"{first_line(error)}"
-        ) from error
+        raise Problems(_absent(model, constants.HF_HUB_OFFLINE, error)) from error
     return Path(snapshot)
+
+
+def _absent(model: str, offline: bool, error: Exception) -> str:
+    where = "in the cache (HF_HUB_OFFLINE is set)" if offline else "on the Hub"
+    found = f"looked for a local directory and {where}, found no such model"
+    return f"{model}: {found}: {first_line(error)}"
+
+
+def _unreachable(error: Exception) -> str:
+    """Say why the Hub gave nothing: what it answered, or that there was no answer."""
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status == 429:
+        return "the Hub answered 429 and asks to wait; try again later"
+    if status is not None:
+        return f"the Hub answered {status} (busy or down); try again later"
+    return f"the Hub cannot be reached: {first_line(cause)}"
 
 
 def origin(model: str, folder: Path) -> tuple[str, str] | None:

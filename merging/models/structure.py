@@ -22,7 +22,7 @@ from merging.models.checkpoints import Checkpoint, says_tied
 from merging.models.layers import NUMBERED
 from merging.models.tensors import FLOAT_DTYPES
 from merging.models.trial import first_way
-from merging.problems import Problems, refuse, some
+from merging.problems import Problems, reading, refuse, some
 
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
 COMPUTED_BUFFERS = re.compile(
@@ -59,8 +59,10 @@ def model_class(config: PretrainedConfig, folder: Path, trust: bool) -> type[Pre
     auto_map = getattr(config, "auto_map", None)
     for reference in auto_map.values() if isinstance(auto_map, dict) and trust else ():
         if isinstance(reference, str) and reference.endswith(f".{name}"):
-            remote_class: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
-            return remote_class
+            with reading(folder, f"its own code, {reference}"):
+                remote_class: type[PreTrainedModel]
+                remote_class = get_class_from_dynamic_module(reference, folder)
+                return remote_class
     found: Any = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise Problems(
@@ -72,15 +74,18 @@ def model_class(config: PretrainedConfig, folder: Path, trust: bool) -> type[Pre
 
 
 def assemble(
-    cls: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Shaped]
+    name: str,
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tensors: Mapping[str, Shaped],
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load tensors of these shapes into the class, without values: the model, what does not fit.
 
     transformers itself does it, on the meta device, with all the renaming and fusing that it does
-    for a real load.
+    for a real load. `name` is the model's, for messages.
     """
     values = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
-    try:
+    with reading(name, f"{cls.__name__} cannot be built from config and tensors"):
         model, report = cls.from_pretrained(
             None,
             config=type(config).from_dict(config.to_dict()),
@@ -90,20 +95,15 @@ def assemble(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception as error:  # e.g. experts that cannot be stacked, or a senseless config value
-        cause = " ".join(str(error).split())[:500]
-        raise Problems(
-            f"{cls.__name__} cannot be built from config and tensors: {cause}"
-        ) from error
     problems = []
     if report["missing_keys"]:
-        problems.append(f"{cls.__name__} misses {some(report['missing_keys'])}")
+        problems.append(f"{name}: {cls.__name__} misses {some(report['missing_keys'])}")
     unexpected = {n for n in report["unexpected_keys"] if not COMPUTED_BUFFERS.search(n)}
     if unexpected:
-        problems.append(f"{cls.__name__} has no place for {some(unexpected)}")
-    for name, found, expected in sorted(report["mismatched_keys"]):
+        problems.append(f"{name}: {cls.__name__} has no place for {some(unexpected)}")
+    for key, found, expected in sorted(report["mismatched_keys"]):
         problems.append(
-            f"{cls.__name__} expects {name} of shape {tuple(expected)}, not {tuple(found)}"
+            f"{name}: {cls.__name__} expects {key} of shape {tuple(expected)}, not {tuple(found)}"
         )
     return model, problems
 
@@ -123,8 +123,10 @@ class Structure:
     def __init__(self, checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
         self.config = checkpoint.config
         self.cls = model_class(checkpoint.config, checkpoint.folder, trust_remote_code)
-        self.model, problems = assemble(self.cls, checkpoint.config, checkpoint.tensors)
-        refuse([f"{checkpoint.name}: {problem}" for problem in problems])
+        self.model, problems = assemble(
+            checkpoint.name, self.cls, checkpoint.config, checkpoint.tensors
+        )
+        refuse(problems)
         self._modules = dict(self.model.named_modules())
         self.ties = self._possible_ties(checkpoint.tensors)
         self._wanted = checkpoint.tensors.keys() | self.ties.keys() | set(self.ties.values())

@@ -1,13 +1,35 @@
 """Tensors that are read when they are needed: as files store them, or made of some that they do."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from merging.problems import Problems
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MISSING = -1
+
+
+class WatchedFile:
+    """A file that is mapped while a run lives: nobody may change it meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = open(path, "rb")  # the file itself, whatever gets its name later
+        self._state = self._look()
+
+    def check(self) -> None:
+        """Raise Problems if it has changed since it was opened: its pages may be gone."""
+        if self._look() != self._state:
+            raise Problems(f"{self.path}: changed while it was merged; merge it again")
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._stream.fileno())
+        return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +41,7 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor] = field(repr=False)
     parts: tuple["LazyTensor", ...] = field(default=(), repr=False)  # what it is made of
+    file: WatchedFile | None = field(default=None, repr=False)  # that stores it, if one does
 
     @property
     def nbytes(self) -> int:
@@ -37,6 +60,12 @@ class LazyTensor:
             yield self
         for part in self.parts:
             yield from part.stored()
+
+    def check(self) -> None:
+        """Raise Problems if a file that it is read from has changed."""
+        for part in self.stored():
+            if part.file is not None:
+                part.file.check()
 
 
 def with_rows(tensor: LazyTensor, dim: int, rows: Sequence[int], other: LazyTensor) -> LazyTensor:

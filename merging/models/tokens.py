@@ -10,6 +10,7 @@ from typing import Any
 
 from merging.models.checkpoints import Checkpoint
 from merging.problems import Problems, collecting, first_line, refuse
+from merging.recipes.user_files import LARGEST, check_readable, read_text
 
 # Files from which transformers can build a tokenizer when there is no tokenizer.json.
 VOCABULARY_FILES = (
@@ -30,9 +31,10 @@ def read_tokens(
     """
     try:
         if side and (folder / side).is_file():
-            entries = json.loads((folder / side).read_text(encoding="utf-8"))
+            entries = json.loads(read_text(folder / side))
             return {token: int(number) for token, number in entries.items()}
         if (folder / "tokenizer.json").is_file():
+            check_readable(folder / "tokenizer.json")
             from tokenizers import Tokenizer
 
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -48,7 +50,7 @@ def read_tokens(
         ).get_vocab()
         _check_complete(folder, tokens)
         return dict(tokens)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, Problems):
         raise
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
         raise Problems(_unreadable(folder, error)) from error
@@ -84,8 +86,9 @@ def _fingerprint(checkpoint: Checkpoint) -> bytes:
     digest = hashlib.sha256(checkpoint.config.model_type.encode())
     for file in sorted(checkpoint.folder.iterdir()):
         if TOKENIZER_FILES.search(file.name) and file.is_file():
-            content = file.read_bytes()
-            digest.update(f"{file.name} {len(content)} ".encode() + content)
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            digest.update(file.read_bytes() if size <= LARGEST else str(file).encode())
     return digest.digest()
 
 
@@ -109,15 +112,15 @@ def _declared_tokens(folder: Path) -> set[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     """Return a JSON file's content; nothing if there is no such file."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return dict(json.loads(read_text(file))) if file.is_file() else {}
 
 
 def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
     """Refuse a tokenizer that transformers made without the vocabulary file that is there."""
     if (folder / "vocab.json").is_file():
-        expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+        expected = len(json.loads(read_text(folder / "vocab.json")))
     elif (folder / "vocab.txt").is_file():
-        expected = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+        expected = len(read_text(folder / "vocab.txt").splitlines())
     else:
         return
     if len(tokens) < expected / 2:

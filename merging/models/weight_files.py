@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from merging.models.folders import weight_files
-from merging.models.tensors import LazyTensor
-from merging.problems import Problems, collecting, first_line, refuse, some
+from merging.models.records import check_records
+from merging.models.tensors import LazyTensor, WatchedFile
+from merging.problems import Problems, collecting, first_line, reading, refuse, some
+from merging.recipes.user_files import check_readable
 
 SAFETENSORS_DTYPES = {  # in the order in which a file has them
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
@@ -55,11 +57,11 @@ def read_file(model: str, file: Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
-    try:
+    with reading(file, "not a whole safetensors file"):
+        check_readable(file)
+        watched = WatchedFile(file)
         opened: Any = safe_open(file, framework="pt")
         views = {name: opened.get_slice(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise Problems(f"{file}: not a whole safetensors file: {error}") from error
     tensors = {}
     for name, view in views.items():
         dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
@@ -69,11 +71,14 @@ def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
                 "dequantise the model first"
             )
         shape, read = tuple(view.get_shape()), partial(opened.get_tensor, name)
-        tensors[name] = LazyTensor(f"{model}: {name}", shape, dtype, read)
+        tensors[name] = LazyTensor(f"{model}: {name}", shape, dtype, read, file=watched)
     return tensors
 
 
 def _read_pickle(model: str, file: Path) -> dict[str, LazyTensor]:
+    with reading(file, "cannot be read"):
+        check_readable(file)
+        watched = WatchedFile(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds, about a user's file
@@ -89,10 +94,12 @@ def _read_pickle(model: str, file: Path) -> dict[str, LazyTensor]:
         for name, tensor in found.items()
     ):
         raise Problems(f"{file}: expected a dictionary of named, dense tensors")
+    with reading(file, "cannot be read"):
+        check_records(file)
     tensors = {}
     for name, tensor in found.items():
         if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise Problems(f"{file}: {name} is {tensor.dtype}, which cannot be merged")
         shape, read = tuple(tensor.shape), partial(Tensor.detach, tensor)
-        tensors[name] = LazyTensor(f"{model}: {name}", shape, tensor.dtype, read)
+        tensors[name] = LazyTensor(f"{model}: {name}", shape, tensor.dtype, read, file=watched)
     return tensors

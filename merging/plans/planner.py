@@ -65,7 +65,7 @@ def plan_model(
         problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config = _config(recipe, models, structure, layout)
-    model, problems = assemble(structure.cls, config, tensors)
+    model, problems = assemble(donor.name, structure.cls, config, tensors)
     if recipe.is_stack and problems:
         refuse(odd_parts(structure, model, tensors, layout.path))
     refuse(problems)
@@ -156,7 +156,9 @@ def _prove_stack(
     skeletons = {donor: structure.model}
     for name in dict(chosen):
         if name != donor:
-            skeletons[name], _ = assemble(structure.cls, models[name].config, models[name].tensors)
+            skeletons[name], _ = assemble(
+                name, structure.cls, models[name].config, models[name].tensors
+            )
     problems, notes = compare_layers(output, skeletons, chosen, donor, layout.path)
     cannot, untried = running_problems(output, structure.model)
     refuse(problems + cannot)

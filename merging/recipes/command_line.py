@@ -1,6 +1,8 @@
 """The command line of main.py: its options, from the methods' rows, and the recipe they make."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(given=[])
-    parser.add_argument("output", help="directory to write the merged model to")
+    parser.add_argument(
+        "output", type=os.path.expanduser, help="directory to write the merged model to"
+    )
     parser.add_argument(
         "--merge",
         metavar="MODEL",
@@ -248,6 +252,11 @@ def _value_problems(recipe: Recipe) -> list[str]:
             f"{parameter.option}: expected {what} in {parameter.range}, got {value:g}"
             for value in sorted(schedule.every_value())
             if not parameter.allows(value)
+        ]
+        problems += [
+            f"{parameter.option}: {value:g} is too small to compute with"
+            for value in sorted(schedule.every_value())
+            if 0 < abs(value) < sys.float_info.min
         ]
         negative = parameter.name == "weight" and min(schedule.every_value()) < 0
         if negative and recipe.method.positive and recipe.values["normalize"]:

@@ -16,6 +16,9 @@ def split_adapter(model: str) -> tuple[str, str | None]:
         return model, None
     splits = [(model[:i], model[i + 1 :]) for i, sign in enumerate(model) if sign == "+"]
     sensible = [pair for pair in splits if all(map(_could_be_model, pair))]
+    parts = model.split("+")
+    if not sensible and len(parts) > 2 and all(map(_could_be_model, parts)):
+        raise ValueError(f"{model}: expected BASE+ADAPTER, one adapter is taken")
     base, adapter = (sensible or splits)[-1]
     if not base or not adapter:
         raise ValueError(f"{model}: expected BASE+ADAPTER, one of them is empty")

@@ -13,6 +13,7 @@ EXIT_STATUS = (
     "Exit status: 0 success, 2 an error that you can mend, 130 or 143 interrupted (Ctrl-C, SIGTERM)"
 )
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+MOST_THREADS = 4096
 SIZE = re.compile(r"\s*(\d+\.?\d*)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
@@ -75,7 +76,7 @@ def join_negative(argv: Sequence[str] | None, options: Iterable[str]) -> list[st
 
 def shard_size_problems(size: str) -> list[str]:
     match = SIZE.fullmatch(size)
-    if match and float(match[1]) != 0:
+    if match and 0 < float(match[1]) < 1e9:
         return []
     return [f"--max-shard-size: expected a size such as 500MB or 5GB, got {size!r}"]
 
@@ -87,7 +88,7 @@ def command(script: str, argv: Sequence[str] | None) -> str:
 
 def _positive(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= MOST_THREADS:
         raise ValueError
     return value
 

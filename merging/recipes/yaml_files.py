@@ -1,21 +1,33 @@
 """Read YAML files: plain values, no key twice, and fields that are checked as they are read."""
 
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.problems import Problems
+from merging.problems import Problems, reading
+from merging.recipes.user_files import read_text
+
+LARGEST = 1_000_000  # bytes of a file that people write
+DEEPEST = 20  # values within values
+DIGITS = r"[0-9]+\.[0-9]*|\.[0-9]+"
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
     """Return what a YAML file holds, and its text. Raises Problems if it is not valid."""
     import yaml  # here, as --help does not wait for it
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        loader = yaml.SafeLoader(text)
+    with reading(path, "not valid YAML"):
+        text = read_text(path, LARGEST)
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
+        loader = _plain_loader(yaml)(text)
         try:
             node = loader.get_single_node()
             if twice := _duplicate_key(node):
@@ -23,8 +35,27 @@ def read_yaml(path: Path) -> tuple[Any, str]:
             return (None if node is None else loader.construct_document(node)), text
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Problems(f"{path}: not valid YAML: {error}") from error
+
+
+def _plain_loader(yaml: Any) -> Any:
+    """Return a loader that takes numbers for numbers, true and false, and all else for text.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, and 1e-3 as text.
+    """
+    loader: Any = type("PlainLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
+    for tag, pattern, starts in (
+        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+        (
+            "float",
+            rf"[-+]?(({DIGITS})(e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.(inf|nan))",
+            "-+.0123456789",
+        ),
+        ("bool", "true|false", "tfTF"),
+        ("null", "~|null|", ["~", "n", "N", ""]),
+    ):
+        regex = re.compile(f"^({pattern})$", re.IGNORECASE)
+        loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", regex, list(starts))
+    return loader
 
 
 def _duplicate_key(root: Any) -> str:

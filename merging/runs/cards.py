@@ -17,8 +17,10 @@ from merging.models.checkpoints import Checkpoint
 from merging.models.hub import origin
 from merging.recipes.model_names import split_adapter
 from merging.recipes.recipe import Recipe, table
+from merging.recipes.user_files import read_text
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
+LARGEST = 1_000_000  # bytes of a card that is read
 
 
 def model_card(
@@ -117,6 +119,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     if not (folder / "README.md").is_file():
         return {}
     try:
+        read_text(folder / "README.md", LARGEST)
         return dict(metadata_load(folder / "README.md") or {})
     except (ValueError, OSError, RecursionError, YAMLError):  # what cannot be read says nothing
         return {}

@@ -20,7 +20,44 @@ from merging.problems import Problems
 AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written; more for many workers
 WORKERS = 32  # threads that compute tensors, at most: each takes about 10 MB
 DEVICE_WORKERS = 4  # the same with an accelerator, whose memory holds the tensors of all
-ONE_AT_A_TIME = threading.Lock()
+
+
+class _Room:
+    """A device's memory: shared by workers, or left to one for which it was too small."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._waiting = 0  # for all others to leave; until then, nobody else comes in
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._inside)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._waiting -= 1
+                self._changed.notify_all()
+
+
+ROOM = _Room()
 
 
 def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
@@ -28,23 +65,35 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
 
     Raises Problems if a value is not finite, with the name of its source.
     """
+    for source in planned.sources:
+        source.check()
     tensors = [source.read() for source in planned.sources]
     result = _combined(planned, tensors, device)
-    if not _is_finite(result):
+    for source in planned.sources:
+        source.check()
+    if result is None:
         raise Problems(_blame(name, planned, tensors))
-    return result.to("cpu").contiguous()
+    return result
 
 
-def _combined(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Combine CPU tensors on a device: as a whole, or in chunks where its memory is too small."""
+def _combined(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor | None:
+    """Combine CPU tensors on a device: as a whole, or in chunks where its memory is too small.
+
+    Returns a CPU tensor, or None if a value is not finite.
+    """
     if planned.method is None:
-        return tensors[0].to(planned.dtype)
+        return _on_host(tensors[0].to(planned.dtype))
     try:
-        return _apply(planned, [tensor.to(device) for tensor in tensors], device)
+        with ROOM.shared():
+            return _on_host(_apply(planned, [tensor.to(device) for tensor in tensors], device))
     except torch.OutOfMemoryError:  # which only accelerators raise
         pass  # and free what was tried, before trying again
-    with ONE_AT_A_TIME:
-        return _apply(planned, tensors, device)
+    with ROOM.alone():
+        return _on_host(_apply(planned, tensors, device))
+
+
+def _on_host(result: Tensor) -> Tensor | None:
+    return result.to("cpu").contiguous() if _is_finite(result) else None
 
 
 def _apply(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -131,6 +180,7 @@ def _in_order(
             planned = plan.tensors[name]
             held += planned.nbytes
             for source in planned.sources:
+                source.check()
                 for part in source.stored():
                     _read_ahead(part.read())
             pending.append((planned.nbytes, pool.submit(compute, name, planned, device)))

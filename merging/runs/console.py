@@ -8,15 +8,39 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
-from merging.problems import Problems, explain, first_line
+from merging.problems import Problems, explain, first_line, printable
 from merging.runs.staging import STOP_SIGNALS
+
+MOST_LINES, LONGEST = 30, 3000  # of a message; the latter in characters
+
+
+class Talk:
+    """Standard error, which may be full, closed or broken: that changes nothing of a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(text: str, quiet: bool = False) -> None:
     """Print on standard error, if that is open."""
     if not quiet and sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        lines = [printable(line, 100_000) for line in text.split("\n")]
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def say_path(path: str) -> None:
@@ -59,6 +83,8 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     handled = [s for s in STOP_SIGNALS if in_main_thread and signal.getsignal(s) != signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in handled}
     collected = gc.isenabled()
+    if argv is None and sys.stderr is not None:  # a script
+        sys.stderr = Talk(sys.stderr)
     gc.disable()  # it slows importing torch and transformers by a third, and finds nothing
     try:
         with warnings.catch_warnings():
@@ -71,7 +97,7 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             return 128 + received[0]
         if (message := mendable(error)) is None:
             raise
-        say(f"error: {message}")
+        say(f"error: {_shortened(message)}{_lost_directory()}")
         return 2
     finally:
         if collected:
@@ -82,6 +108,25 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             for each, handler in before.items():
                 signal.signal(each, handler)
     return 0
+
+
+def _shortened(message: str) -> str:
+    """Return the first lines of a message, and how many more there are."""
+    lines = [printable(line, LONGEST // 4) for line in message.split("\n")]
+    kept = lines[:MOST_LINES]
+    while len("\n".join(kept)) > LONGEST:
+        kept.pop()
+    more = len(lines) - len(kept)
+    return "\n".join([*kept, *[f"  and {more} more"] * (more > 0)])
+
+
+def _lost_directory() -> str:
+    """Say that the working directory is gone, if so: then no relative path is found."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return " (the working directory does not exist any more)"
+    return ""
 
 
 def mendable(error: BaseException) -> str | None:

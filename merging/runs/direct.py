@@ -18,6 +18,7 @@ class DirectFile:
     """A new file, unbuffered by the system if it and the file system allow it, else ordinary."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
         self._direct = getattr(os, "O_DIRECT", 0)
         try:
@@ -60,7 +61,9 @@ class DirectFile:
                 start += os.write(self._descriptor, self._buffer[start:end])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
-                    raise
+                    raise OSError(
+                        error.errno, error.strerror, error.filename or str(self._path)
+                    ) from error
                 self._go_ordinary()
 
     def _go_ordinary(self) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.models.folders import files_of_a_model
+from merging.models.folders import files_of_a_model, links_left_out, read_json
 from merging.models.opening import Found, find_models, open_models
-from merging.problems import Problems, collecting, refuse
+from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table
 from merging.runs.console import peak_memory, say, say_path
@@ -53,6 +53,9 @@ def make(
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(recipe, arguments, {name: pair.folder for name, pair in found.items()})
+    for folder in {path.parent for path in files.values()} | {models[0].folder}:
+        if left_out := links_left_out(folder):
+            say(f"left out: {some(left_out)} of {folder}: links to outside", arguments.quiet)
     output = Path(arguments.output)
     extra = sum(path.stat().st_size for path in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
@@ -113,16 +116,29 @@ def _plan(
     return list(models.values()), plan, device
 
 
+def check_generation_config(folder: Path) -> None:
+    """Refuse a model's generation_config.json that transformers cannot load: it is copied."""
+    if (file := folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        read_json(str(folder), file)
+        with reading(folder, "generation_config.json"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
 def _files(
     recipe: Recipe, arguments: argparse.Namespace, folders: Mapping[str, Path]
 ) -> dict[str, Path]:
     """Return the files to copy: the donor's, the tokenizer's of where the embedding is from."""
     donor = folders[recipe.models[0]]
     if not recipe.is_stack:
+        check_generation_config(donor)
         return files_of_a_model(donor, donor if arguments.copy_tokenizer else None)
     embedding = folders[str(recipe.embedding_source)]
+    check_generation_config(embedding)
     files = files_of_a_model(donor, embedding)
     files.pop("generation_config.json", None)  # it speaks of token ids
-    if (embedding / "generation_config.json").is_file():
-        files["generation_config.json"] = embedding / "generation_config.json"
+    of_embedding = files_of_a_model(embedding, None)
+    if "generation_config.json" in of_embedding:
+        files["generation_config.json"] = of_embedding["generation_config.json"]
     return files

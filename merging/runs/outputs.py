@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from merging.models.folders import WEIGHT_FILES
+from merging.models.folders import foreign_files, is_model
 from merging.problems import some
 from merging.runs.staging import siblings
 
@@ -15,6 +15,8 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
 
     Inputs are the folders of models, and other files that are read.
     """
+    if problem := _name_problem(str(output)):
+        return [f"{str(output)[:200]}: {problem}"]
     try:
         target = output.resolve(strict=output.is_symlink() and not output.exists())
     except (OSError, RuntimeError, ValueError) as error:
@@ -23,7 +25,7 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
         return [f"{output}: the root directory cannot be an output"]
     problems = []
     for given in inputs:
-        source = given.resolve()
+        source = Path(os.path.realpath(given))
         if (
             source in (target, *siblings(target))
             or target in source.parents
@@ -33,7 +35,8 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
                 f"{output}: the output is, contains or lies in the input {given}; name another"
             )
         elif source.is_dir():
-            linked = [f.name for f in source.iterdir() if target in f.resolve().parents]
+            real = {file.name: Path(os.path.realpath(file)) for file in source.iterdir()}
+            linked = [name for name, path in real.items() if target in path.parents]
             if linked:
                 problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
     if _is_mount(target):
@@ -43,8 +46,10 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
     elif output.is_dir() and any(output.iterdir()):
         if not overwrite:
             problems.append(f"{output}: not empty; name another directory, or use --overwrite")
-        elif not _is_model(output):
+        elif not is_model(output):
             problems.append(f"{output}: not a model, so --overwrite does not replace it")
+        else:
+            problems += overwrite_problems(output)
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir():
         problems.append(f"{output}: {existing} is a file, so nothing can be written below it")
@@ -55,11 +60,28 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
     return problems
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether a folder holds a model, and no version control that would be lost with it."""
-    weights = [name for pair in WEIGHT_FILES.items() for name in pair]
-    has_weights = any((folder / name).is_file() for name in weights)
-    return (folder / "config.json").is_file() and has_weights and not (folder / ".git").exists()
+def _name_problem(name: str) -> str:
+    """Say what is wrong with a path as such; nothing if it can be."""
+    parts = Path(name).parts
+    try:
+        size = len(name.encode("utf-8"))
+        longest = max((len(part.encode()) for part in parts), default=0)
+    except UnicodeEncodeError:
+        return "the name is not UTF-8"
+    if "\0" in name:
+        return "the name has a null byte in it"
+    if len(parts) > 200:
+        return f"the path has {len(parts)} parts, expected at most 200"
+    return "the path is too long" if size > 3500 or longest > 255 else ""
+
+
+def overwrite_problems(output: Path) -> list[str]:
+    """Return a problem if a folder holds what --overwrite would lose, as no model has it."""
+    foreign = foreign_files(output) if output.is_dir() else []
+    if not foreign:
+        return []
+    remedy = "move it away, or name another output"
+    return [f"{output}: --overwrite replaces a model, but there is {some(foreign)}; {remedy}"]
 
 
 def _is_mount(target: Path) -> bool:

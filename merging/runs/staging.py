@@ -12,33 +12,48 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from merging.problems import Problems
+from merging.models.folders import is_model
+from merging.problems import Problems, explain
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks
+# From directories that may be written to, but not read, and file systems that flush files only.
+NO_FLUSH = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP)
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
 
 @contextmanager
-def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(
+    output: Path,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
     """Give a directory to write in; when the `with` ends well, it becomes `output`.
 
     With `overwrite` an existing output is replaced, whole. On any error or interruption all that
     was written is removed, with the parent directories that were made for it. Raises Problems if
     another run is writing the same output.
+
+    `check` is called when all is ready, and may raise. Once the directory has become `output`,
+    nothing is an error: what else goes wrong is told.
     """
     output = output.resolve()
     staging, replaced = siblings(output)
-    made = [parent for parent in output.parents if not parent.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
     try:
+        for parent in reversed([parent for parent in output.parents if not parent.exists()]):
+            parent.mkdir(exist_ok=True)
+            made.append(parent)
         with _claimed(staging, output):
+            done = False
             try:
                 _recover(replaced, output)
                 if not overwrite and output.is_dir() and any(output.iterdir()):
@@ -46,14 +61,17 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 yield staging
                 _sync(staging)
                 with uninterrupted():
+                    check()
                     _put(staging, output, replaced, overwrite)
-                    shutil.rmtree(staging, ignore_errors=True)  # by now the old output, if any
+                    done = True
+                    _finish(staging, output, replaced, tell)
             finally:
-                with uninterrupted():
-                    shutil.rmtree(staging, ignore_errors=True)
+                if not done:
+                    with uninterrupted():
+                        shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
+        with suppress(OSError):  # of what is not empty
+            for parent in reversed(made):
                 parent.rmdir()
         raise
 
@@ -85,9 +103,14 @@ def _claimed(staging: Path, output: Path) -> Iterator[None]:
     try:
         if output.is_dir():
             locks.append(_lock(output, message))
-        for left in staging.iterdir():
-            is_folder = left.is_dir() and not left.is_symlink()
-            shutil.rmtree(left) if is_folder else left.unlink()
+        try:
+            for left in staging.iterdir():
+                is_folder = left.is_dir() and not left.is_symlink()
+                shutil.rmtree(left) if is_folder else left.unlink()
+        except OSError as error:
+            raise Problems(
+                f"{staging}: left by an earlier run, cannot be removed: {explain(error)}"
+            ) from error
         yield
     finally:
         for lock in locks:
@@ -122,7 +145,7 @@ def _lock(directory: Path, message: str) -> int:
 
 def _recover(replaced: Path, output: Path) -> None:
     """Undo what a run left that was killed between the two renames of `_put`."""
-    if replaced.exists():
+    if is_model(replaced):  # any other folder of that name is not ours
         if output.exists():
             shutil.rmtree(replaced)
         else:
@@ -138,7 +161,23 @@ def _put(staging: Path, output: Path, replaced: Path, overwrite: bool) -> None:
             replaced.rename(staging)
     else:
         staging.rename(output)  # onto nothing, or an empty directory
-    _sync_one(output.parent)
+
+
+def _finish(staging: Path, output: Path, replaced: Path, tell: Callable[[str], None]) -> None:
+    """Flush the new name to the disk, and only then remove the old output, if any."""
+    kept = staging
+    try:
+        _sync_one(output.parent)
+        if staging.exists():
+            shutil.rmtree(staging)
+            kept = output
+    except OSError as error:
+        tell(f"warning: {output} is written, but then: {explain(error)}")
+        with suppress(OSError):
+            if staging.exists() and not replaced.exists():
+                kept = staging.rename(replaced)
+    if kept.exists() and kept != output:
+        tell(f"warning: the old model, or a part of it, is left in {kept}")
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -163,8 +202,12 @@ def _sync(directory: Path) -> None:
 
 def _sync_one(path: Path) -> None:
     if os.name == "posix":  # elsewhere, directories cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in NO_FLUSH or not path.is_dir():
+                raise

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from merging.models.structure import assemble
 from merging.models.weight_files import SAFETENSORS_DTYPES, read_folder
 from merging.plans.plan import Plan
-from merging.problems import Problems, refuse, some
+from merging.problems import Problems, reading, refuse, some
 from merging.runs.computing import available_processors, computed
+from merging.runs.console import say
 from merging.runs.direct import DirectFile
+from merging.runs.outputs import overwrite_problems
 from merging.runs.staging import staged
 
 Shards = Mapping[str, Sequence[str]]  # the names of the tensors in each file, in its order
@@ -63,8 +65,10 @@ def save(
     """
     names = [name for shard in shards.values() for name in shard]
     threads = arguments.threads or available_processors()
-    with staged(output, overwrite=arguments.overwrite) as folder:
-        plan.model.save_pretrained(folder, state_dict={})
+    check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
+    with staged(output, overwrite=arguments.overwrite, tell=say, check=check) as folder:
+        with reading(plan.donor, "its config or generation config cannot be saved"):
+            plan.model.save_pretrained(folder, state_dict={})
         with (
             computed(plan, names, device, threads) as tensors,
             tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
@@ -79,6 +83,9 @@ def save(
         if arguments.model_card:
             (folder / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))
         verify(folder, plan)
+        for tensor in plan.tensors.values():
+            for source in tensor.sources:
+                source.check()
 
 
 def write_shard(
@@ -119,11 +126,12 @@ def _write_index(file: Path, shards: Shards, plan: Plan) -> None:
 
 def verify(folder: Path, plan: Plan) -> None:
     """Read back what was written; Problems if it differs from the plan."""
-    config = type(plan.model.config).from_pretrained(folder)
+    with reading("output", "its config"):
+        config = type(plan.model.config).from_pretrained(folder)
     written = read_folder("output", folder)
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in plan.tensors.items()}
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
     if found != expected:
         wrong = {n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)}
         raise Problems(f"the output differs from the plan in {some(wrong)}")
-    refuse(assemble(type(plan.model), config, written)[1])
+    refuse(assemble("output", type(plan.model), config, written)[1])
