@@ -65,7 +65,8 @@ def plan_model(
         problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config = _config(recipe, models, structure, layout)
-    model, problems = assemble(donor.name, structure.cls, config, tensors)
+    makers = ", ".join(models) if recipe.is_stack else donor.name
+    model, problems = assemble(makers, structure.cls, config, tensors)
     if recipe.is_stack and problems:
         refuse(odd_parts(structure, model, tensors, layout.path))
     refuse(problems)
