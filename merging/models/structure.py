@@ -4,7 +4,8 @@ Everything is asked of models on the meta device, where tensors have shapes and 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,17 @@ def model_class(config: PretrainedConfig, folder: Path, trust: bool) -> type[Pre
     return found
 
 
+@contextmanager
+def _meta_alone() -> Iterator[None]:
+    """Keep transformers from fusing very large tensors on the CPU: of the meta device, none can."""
+    original = WeightConverter.force_cpu
+    WeightConverter.force_cpu = property(lambda converter: False, original.__set__)
+    try:
+        yield
+    finally:
+        WeightConverter.force_cpu = original
+
+
 def assemble(
     name: str,
     cls: type[PreTrainedModel],
@@ -85,7 +97,7 @@ def assemble(
     for a real load. `name` is the model's, for messages.
     """
     values = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
-    with reading(name, f"{cls.__name__} cannot be built from config and tensors"):
+    with _meta_alone(), reading(name, f"{cls.__name__} cannot be built from config and tensors"):
         model, report = cls.from_pretrained(
             None,
             config=type(config).from_dict(config.to_dict()),
