@@ -81,10 +81,26 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
             tensors[place] = _cast(stored[key], original.dtype)
             replaced |= set() if of_base else {place}
     untied = _untie(checkpoint, tensors, tied, replaced)
-    patterns: dict[str, str | None] = dict.fromkeys(factors)
-    with collecting(problems):
-        patterns = first_matches(list(config.get("alpha_pattern") or {}), list(factors))
+    unfit = _apply(factors, stored, tensors, tied, names, config)
+    refuse([f"{checkpoint.name}: {problem}" for problem in problems + unfit])
+    changes = {"tie_word_embeddings": False} if untied else {}
+    config_after = changed_config(checkpoint.config, **changes) if changes else checkpoint.config
+    return replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
+
+
+def _apply(
+    factors: Mapping[str, Factors],
+    stored: Mapping[str, LazyTensor],
+    tensors: dict[str, LazyTensor],
+    tied: Mapping[str, str],
+    names: "_Names",
+    config: Mapping[str, Any],
+) -> list[str]:
+    """Add to the tensors what pairs of factors make; return which of these do not fit."""
     unfit: list[str] = []
+    patterns: dict[str, str | None] = dict.fromkeys(factors)
+    with collecting(unfit):
+        patterns = first_matches(list(config.get("alpha_pattern") or {}), list(factors))
     for module, found in factors.items():
         if len(stored[found.a].shape) > 2:
             unfit.append(f"the adapter's {found.a} is of a convolution, which cannot be applied")
@@ -102,10 +118,7 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
             tensors[place] = _with_product(tensors[place], place, pair, scale, flipped)
     if len(unfit) > 5 and len(unfit) == len(factors):
         unfit = [f"none of the {len(unfit)} modules fits, as in: {unfit[0]}; {OTHER_MODEL}"]
-    refuse([f"{checkpoint.name}: {problem}" for problem in problems + unfit])
-    changes = {"tie_word_embeddings": False} if untied else {}
-    config_after = changed_config(checkpoint.config, **changes) if changes else checkpoint.config
-    return replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
+    return unfit
 
 
 def _misfit(key: str, found: LazyTensor, original: LazyTensor | None) -> str | None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,7 @@ def make(
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(recipe, arguments, {name: pair.folder for name, pair in found.items()})
-    for folder in {path.parent for path in files.values()} | {models[0].folder}:
-        if left_out := links_left_out(folder):
-            say(f"left out: {some(left_out)} of {folder}: links to outside", arguments.quiet)
+    _say_left_out({path.parent for path in files.values()} | {models[0].folder}, arguments.quiet)
     output = Path(arguments.output)
     extra = sum(path.stat().st_size for path in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
@@ -75,6 +73,12 @@ def make(
         arguments.quiet,
     )
     say_path(arguments.output)
+
+
+def _say_left_out(folders: Iterable[Path], quiet: bool) -> None:
+    for folder in folders:
+        if left_out := links_left_out(folder):
+            say(f"left out: {some(left_out)} of {folder}: links to outside", quiet)
 
 
 def _find(

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from merging.models.folders import foreign_files, is_model
@@ -23,22 +23,7 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
         return [f"{output}: cannot be resolved: {error}"]
     if target.parent == target:
         return [f"{output}: the root directory cannot be an output"]
-    problems = []
-    for given in inputs:
-        source = Path(os.path.realpath(given))
-        if (
-            source in (target, *siblings(target))
-            or target in source.parents
-            or source in target.parents
-        ):
-            problems.append(
-                f"{output}: the output is, contains or lies in the input {given}; name another"
-            )
-        elif source.is_dir():
-            real = {file.name: Path(os.path.realpath(file)) for file in source.iterdir()}
-            linked = [name for name, path in real.items() if target in path.parents]
-            if linked:
-                problems.append(f"{output}: holds files that {given} links to: {some(linked)}")
+    problems = [*_input_problems(output, target, inputs)]
     if _is_mount(target):
         problems.append(f"{output}: a mount point, which cannot be replaced; name a folder in it")
     elif output.exists() and not output.is_dir():
@@ -58,6 +43,23 @@ def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> li
     if len(os.fsencode(siblings(target)[1].name)) > 255:
         problems.append(f"{output}: the name is too long; use at most 240 characters")
     return problems
+
+
+def _input_problems(output: Path, target: Path, inputs: Iterable[Path]) -> Iterator[str]:
+    """Say which inputs the output would touch."""
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if (
+            source in (target, *siblings(target))
+            or target in source.parents
+            or source in target.parents
+        ):
+            yield f"{output}: the output is, contains or lies in the input {given}; name another"
+        elif source.is_dir():
+            real = {file.name: Path(os.path.realpath(file)) for file in source.iterdir()}
+            linked = [name for name, path in real.items() if target in path.parents]
+            if linked:
+                yield f"{output}: holds files that {given} links to: {some(linked)}"
 
 
 def _name_problem(name: str) -> str:
