@@ -48,7 +48,7 @@ REFUSED = {
     "GPTNeoXJapaneseForCausalLM": "dense_bias|last layer",
     "Gemma4ForCausalLM": "embed_tokens_per_layer",
     "Gemma3ForConditionalGeneration": PARTS,
-    "Gemma3nForCausalLM": "num_kv_shared_layers",
+    "Gemma3nForCausalLM": "num_kv_shared_layers|embed_tokens_per_layer",
     "Gemma4AssistantForCausalLM": f"{PARTS}|num_kv_shared_layers",
     "Gemma4ForConditionalGeneration": PARTS,
     "Gemma4UnifiedAssistantForCausalLM": f"{PARTS}|num_kv_shared_layers",
