@@ -101,4 +101,6 @@ def test_the_readme_has_the_row(name: str) -> None:
     row = METHODS[name]
     default = " (default)" if name == "ties" else ""
     line = f"| `{name}`{default} | {row.needs} | {row.equation} | [{row.paper}]({row.link}) |"
-    assert line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert line in lines
+    assert f"- **`{name}`** for {row.when}." in lines

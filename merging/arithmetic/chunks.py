@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.arithmetic.chunks import (
+    BITS,
     CPU_CHUNK,
     Scratch,
     check_same_shape,
@@ -27,7 +28,6 @@ SMALL = 1 << 15  # elements: so few that selecting is faster than anything else
 SAMPLE = 1 << 16  # elements that tell about where the k-th largest lies
 MOST_BETWEEN = 1 << 23  # elements that may be selected among
 DIGITS = 1 << 16  # values of the 16 bits that are counted at a time
-BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 
 
 def trim_threshold(

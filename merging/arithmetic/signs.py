@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merging.arithmetic.chunks import Scratch
-
-BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+from merging.arithmetic.chunks import BITS, Scratch
 
 
 def elected_signs(

@@ -16,7 +16,8 @@ from merging.problems import Problems, cause, refuse, some
 # config has, and those of vocabularies (whose rows are matched), training and initial values.
 OF_EVERY_CONFIG = PretrainedConfig().to_dict().keys() - {"model_type"}
 MEANINGLESS = re.compile(
-    r"^_|^per_layer_config$|^vocab_size|_token_ids?$|_token_index$|dropout|drop$|initializer|init_std|use_cache"
+    r"^_|^per_layer_config$|^vocab_size|_token_ids?$|_token_index$|dropout|drop$|initializer"
+    r"|init_std|use_cache"
     r"|max_position_embeddings|n_positions|n_ctx|router_aux_loss|router_jitter|output_router_logits"
     r"|^auto_map$|pretraining_tp|^tie_|_label$|^label"
 )
@@ -35,7 +36,8 @@ class Checkpoint:
 
 def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return a model's config; Problems if transformers does not understand it."""
-    names = [key for key in read_json(model, folder / "config.json") if is_method(key)]
+    content = read_json(model, folder / "config.json")
+    names = filter(is_method, content)
     refuse(f"{model}: config.json has {key}, which is no setting" for key in names)
     try:
         config = AutoConfig.from_pretrained(
@@ -46,7 +48,7 @@ def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         return config
     except (Exception, SystemExit) as error:  # of many kinds, about a user's file and its code
         found = cause(error)
-        own_code = read_json(model, folder / "config.json").get("auto_map")
+        own_code = content.get("auto_map")
         if own_code and not trust_remote_code:
             found = "it brings its own code; if you trust that, use --trust-remote-code"
         elif own_code:

@@ -273,9 +273,14 @@ class Structure:
 
         return {name for name, p in self.parameters_of(stored).items() if is_before(p)}
 
+    @cached_property
+    def trial(self) -> tuple[int, list[str]] | None:
+        """The inputs on which the model runs without values, and the order of its modules."""
+        return first_way(self.model)
+
     def _called_before(self, layers: str) -> dict[str, bool]:
         """Tell of modules whether they are called before the layers, or after; not of others."""
-        _, order = first_way(self.model) or (0, [])
+        _, order = self.trial or (0, [])
         inside = [n for n, name in enumerate(order) if name.startswith(f"{layers}.")]
         if not inside:
             return {}

@@ -16,6 +16,7 @@ from merging.problems import refuse, some
 from merging.recipes.numbers import Factors
 from merging.recipes.recipe import Recipe, Slice
 
+AS_IT_IS = Slice((), {"scale": Factors()})  # of the tensors around the layers of a stack
 PACKED = re.compile(r"(^|\.)(embed_tokens_per_layer|per_layer_model_projection)\.")
 COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")  # of layers, and of those beyond them
 
@@ -113,9 +114,6 @@ def stacked_layers(
         roles[name] = Role(((head, stored),), AS_IT_IS, 1.0, given)
     kept = {name: role for name, role in roles.items() if role.operands[0][1] not in ignored}
     return Layout(kept, [embedding, head], untied, ignored, layers, path)
-
-
-AS_IT_IS = Slice((), {"scale": Factors()})  # of the tensors around the layers of a stack
 
 
 def chosen_layers(recipe: Recipe) -> Iterator[tuple[Slice, str, int]]:

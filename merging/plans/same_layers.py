@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from merging.models.structure import Structure
-from merging.models.trial import first_way, modules_in_order
+from merging.models.trial import modules_in_order
 from merging.problems import some
 
 Kinds = dict[str, Any]
@@ -108,15 +108,14 @@ def forward_notes(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def running_problems(output: Any, source: Any) -> tuple[list[str], list[str]]:
-    """Run a stack's model without values, if its donor runs so: problems, and notes."""
-    found = first_way(source)
-    if found is None:
-        name = type(source).__name__
+def running_problems(output: Any, way: int | None) -> tuple[list[str], list[str]]:
+    """Run a stack's model without values, if its donor runs so in a way: problems, and notes."""
+    if way is None:
+        name = type(output).__name__
         return [], [f"note: a {name} does not run without values, so the stack was not tried"]
     try:
-        modules_in_order(output, found[0])
-    except Exception as error:  # noqa: BLE001  # whatever the model's own code raises
+        modules_in_order(output, way)
+    except Exception as error:  # whatever the model's own code raises
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return [f"the stack cannot compute: {cause}; choose other slices"], []
     return [], []

@@ -34,10 +34,6 @@ class Parameter:
         return isinstance(self.default, bool)
 
     @property
-    def is_bounded(self) -> bool:
-        return math.isfinite(self.low) or math.isfinite(self.high)
-
-    @property
     def range(self) -> str:
         return f"{'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
 

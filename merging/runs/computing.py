@@ -31,29 +31,17 @@ class _Room:
         self._waiting = 0  # for all others to leave; until then, nobody else comes in
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def entered(self, alone: bool) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)
+            self._waiting += alone
+            self._changed.wait_for(lambda: not (self._inside if alone else self._waiting))
             self._inside += 1
         try:
             yield
         finally:
             with self._changed:
                 self._inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: not self._inside)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._waiting -= 1
+                self._waiting -= alone
                 self._changed.notify_all()
 
 
@@ -84,11 +72,11 @@ def _combined(planned: PlannedTensor, tensors: list[Tensor], device: torch.devic
     if planned.method is None:
         return _on_host(tensors[0].to(planned.dtype))
     try:
-        with ROOM.shared():
+        with ROOM.entered(alone=False):
             return _on_host(_apply(planned, [tensor.to(device) for tensor in tensors], device))
     except torch.OutOfMemoryError:  # which only accelerators raise
         pass  # and free what was tried, before trying again
-    with ROOM.alone():
+    with ROOM.entered(alone=True):
         return _on_host(_apply(planned, tensors, device))
 
 
