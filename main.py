@@ -1,4 +1,4 @@
-"""Merge checkpoints of one architecture into one, by TIES, linear averaging or SLERP.
+"""Merge checkpoints of one architecture into one, by any of twenty methods.
 
 python main.py ./output --base-model org/base --merge org/math --weight 0.5 --density 0.5 \
     --merge org/code --weight 0.3 --density 0.5
@@ -7,14 +7,16 @@ python main.py ./output --base-model org/base --merge org/math --weight 0.5 --de
 import sys
 from collections.abc import Sequence
 
-from merging.recipes.command_line import NUMBER_OPTIONS, build_parser, recipe_from
+from merging.recipes.command_line import recipe_from
+from merging.recipes.merge_options import NUMBER_OPTIONS, build_parser
 from merging.recipes.options import command, join_negative
 from merging.runs.console import run
 from merging.runs.merge import make
 
 
 def work(argv: Sequence[str] | None) -> None:
-    arguments = build_parser().parse_args(join_negative(argv, NUMBER_OPTIONS))
+    words = join_negative(argv, NUMBER_OPTIONS)
+    arguments = build_parser(words).parse_args(words)
     problems: list[str] = []
     recipe = recipe_from(arguments, problems)
     make(recipe, arguments, {"sh": command("main.py", argv)}, problems)

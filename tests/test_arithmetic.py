@@ -75,14 +75,14 @@ def test_every_way_finds_the_kth_largest(
         return counts[-1]
 
     monkeypatch.setattr(torch, "bincount", counting)
-    sampled = trim_threshold(base, model, density)
+    sampled = trim_threshold(base, model, density, None, torch.float32)
     was_counted = bool(counts)
     monkeypatch.setattr(selection, "SMALL", 1 << 30)
-    selected = trim_threshold(base.to(device), model.to(device), density, device)
+    selected = trim_threshold(base.to(device), model.to(device), density, device, torch.float32)
     monkeypatch.setattr(selection, "SMALL", 0)
     monkeypatch.setattr(selection, "MOST_BETWEEN", -(1 << 40))  # so that a sample never helps
-    counted = trim_threshold(base.to(device), model.to(device), density, device)
-    streamed = trim_threshold(base, model, density, device)
+    counted = trim_threshold(base.to(device), model.to(device), density, device, torch.float32)
+    streamed = trim_threshold(base, model, density, device, torch.float32)
     assert counts or device.type != "cpu"
     assert {repr(found) for found in (sampled, selected, counted, streamed)} == {repr(expected)}
     if kind in ("normal", "quantised", "one value"):

@@ -9,13 +9,16 @@ import pytest
 
 import main
 import merge_methods
-from merging.recipes.methods import METHODS, ORIGIN, PASSTHROUGH, Method
+from merging.recipes.declarations import OPTIONAL, ORIGIN, Method
+from merging.recipes.methods import METHODS, PASSTHROUGH
 
 ROOT = Path(main.__file__).parent
 # A room imports from those before it, and from itself.
 ORDER = ["problems", "arithmetic", "recipes", "models", "plans", "runs"]
 ROOMS = sorted((ROOT / "merging").rglob("*.py"))
-PRODUCT = [*ROOMS, *(ROOT / f"{name}.py" for name in ("main", "bakllama", "merge_methods"))]
+FAMILIES = ("weighted_sums", "task_vectors", "fusions")
+SCRIPTS = ("main", "bakllama", "merge_methods", *FAMILIES)
+PRODUCT = [*ROOMS, *(ROOT / f"{name}.py" for name in SCRIPTS)]
 
 
 def imported(file: Path) -> Iterator[tuple[str, str]]:
@@ -53,8 +56,9 @@ def test_rooms_import_from_those_before_them(file: Path) -> None:
 
 
 def test_the_methods_stand_on_the_arithmetic_alone() -> None:
-    assert rooms_of(ROOT / "merge_methods.py") == {"arithmetic"}
-    assert not {m for m, _ in imported(ROOT / "merge_methods.py")} & {"main", "bakllama"}
+    for name in ("merge_methods", *FAMILIES):
+        assert rooms_of(ROOT / f"{name}.py") == {"arithmetic"}
+        assert not {m for m, _ in imported(ROOT / f"{name}.py")} & {"main", "bakllama"}
 
 
 def test_only_scripts_and_runs_import_the_methods() -> None:
@@ -65,7 +69,7 @@ def test_only_scripts_and_runs_import_the_methods() -> None:
 
 @pytest.mark.parametrize("file", PRODUCT, ids=label)
 def test_private_names_stay_in_their_module(file: Path) -> None:
-    ours = ("merging", "merge_methods")
+    ours = ("merging", "merge_methods", *FAMILIES)
     names = [name for module, name in imported(file) if module.split(".")[0] in ours]
     assert not [name for name in names if name.startswith("_")]
 
@@ -82,13 +86,19 @@ def test_tests_import_from_helpers_and_not_from_each_other() -> None:
 @pytest.mark.parametrize("row", [*METHODS.values(), PASSTHROUGH], ids=lambda row: row.name)
 def test_a_row_fits_its_function(row: Method) -> None:
     parameters = inspect.signature(getattr(merge_methods, row.name)).parameters
-    expected = {"tensors", "dtype", "device", *(p.argument for p in row.parameters)}
-    assert parameters.keys() == expected | ({"base"} if row.base == ORIGIN else set())
+    expected = {"tensors", "dtype", "device", *(p.argument for p in row.parameters if p.argument)}
+    expected |= {"base"} if row.base in (ORIGIN, OPTIONAL) else set()
+    found_later = {"thresholds"} if row.name == "ties" else set()
+    assert parameters.keys() == expected | found_later
     for name in ("dtype", "device"):
         assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
     for parameter in row.parameters:
-        if parameter.is_switch:  # the function's default is the row's
-            assert parameters[parameter.argument].default == parameter.default
+        if parameter.argument and not parameter.per_model and not parameter.is_seed:
+            default = parameters[parameter.argument].default  # the row's, if the function has one
+            required = default is inspect.Parameter.empty
+            assert (
+                required if parameter.default is None else required or default == parameter.default
+            )
 
 
 def test_rows_are_found_by_their_names() -> None:
@@ -100,7 +110,8 @@ def test_rows_are_found_by_their_names() -> None:
 def test_the_readme_has_the_row(name: str) -> None:
     row = METHODS[name]
     default = " (default)" if name == "ties" else ""
-    line = f"| `{name}`{default} | {row.needs} | {row.equation} | [{row.paper}]({row.link}) |"
+    numbers = f"{row.needs}; {row.takes}" if row.takes else row.needs
+    line = f"| `{name}`{default} | {numbers} | {row.equation} | [{row.paper}]({row.link}) |"
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert line in lines
     assert f"- **`{name}`** for {row.when}." in lines

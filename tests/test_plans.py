@@ -111,7 +111,7 @@ def test_weights_that_cancel_in_one_layer_are_refused_before_writing(
     make: Make, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = make("llama", 1), make("llama", 2)
-    merges = ["--merge", a, "--weight", "-1,1", "--merge", b, "--weight", "1"]
+    merges = ["--merge", a, "--weight", "1,1,-1,1,1,1", "--merge", b, "--weight", "1"]
     text = fails(capsys, output, "--method", "linear", *merges)
     assert "sum to 0 and cannot be normalised" in text and " of 57 tensors, weights" in text
     assert not output.exists()

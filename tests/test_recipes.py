@@ -11,7 +11,8 @@ from helpers import Make, stack_file
 import bakllama
 import main
 from merging.problems import Problems, refuse
-from merging.recipes.command_line import build_parser, recipe_from
+from merging.recipes.command_line import recipe_from
+from merging.recipes.merge_options import build_parser
 from merging.recipes.methods import METHODS, PASSTHROUGH
 from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import Factors, Schedule, interpolate, parse_values
@@ -127,8 +128,21 @@ def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
         ("--method slerp --merge a --weight mlp:0,2 --weight 0.5", r"t in \[0, 1\], got 2"),
         ("--method slerp --merge a --weight mlp:0.5", "one --weight.*got 0"),
         ("--method slerp --merge a --weight 1 --weight mlp:1 --weight mlp:0", "mlp: given twice"),
-        ("--merge a --weight mlp:0.5", "filters by name are for slerp"),
-        ("--merge a --density mlp:0.5", "filters by name are for slerp"),
+        ("--merge a --weight mlp:0.5", "--weight mlp: a filter stands before the number"),
+        ("--merge a --density mlp:0.5", "--density mlp: a filter stands before the number"),
+        (
+            "--merge a --merge b --weight 1 --weight 2 --weight mlp:1",
+            "--weight mlp: a filter stands before the number",
+        ),
+        ("--merge a --merge b --merge c --weight mlp:0 --weight 1 --weight 2", "2 times for 3"),
+        ("--merge a --weight mlp:0 --merge b --weight 1", "--weight mlp stands between"),
+        ("--merge a --weight mlp:-1 --weight 1", "--no-normalize"),
+        ("--merge a --trim-scope model --density 0.1,0.2", "needs one density for the whole"),
+        ("--method nuslerp --merge a --merge b --weight 1 --weight -1", "cannot be normalised"),
+        ("--method della --merge a --weight 1 --density 0.1", r"expected density - epsilon and"),
+        ("--method nearswap --merge a --merge b --weight 1", "one model besides the base; got 2"),
+        ("--method model_stock --merge a", "at least 2 models besides the base; got 1"),
+        ("--method dare_ties --merge a --weight 1 --density 1 --seed 1 --gamma 0.1", "--gamma is"),
         ("--merge a --density 0.5,0", r"\(0, 1\], got 0"),
         ("--merge a --weight 1,-1", "--no-normalize"),
         ("--merge a --merge b --weight 0,1 --merge c", "--weight 0,1 stands between"),

@@ -12,6 +12,10 @@ from torch import Tensor
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+# Makes of the deltas of a chunk, which it may change, what is to be added to the base there.
+Merge = Callable[[list[Tensor], slice, "Scratch"], Tensor]
 
 
 class Scratch:
@@ -23,14 +27,16 @@ class Scratch:
 
     def __call__(self, name: object, dtype: torch.dtype, length: int | None = None) -> Tensor:
         """Return the tensor of a name, of what it held before, cut to a length."""
-        if name not in self._tensors:
-            self._tensors[name] = torch.empty(self.size, dtype=dtype, device=self.device)
-        return self._tensors[name][:length]
+        key = name, dtype
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(self.size, dtype=dtype, device=self.device)
+        return self._tensors[key][:length]
 
 
-def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype to compute in: float64 if any of them is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def work_dtype(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype to compute in: float32 if inputs and output have 16 bits, else float64."""
+    dtypes = {*(t.dtype for t in tensors), dtype or tensors[0].dtype}
+    return torch.float32 if dtypes <= {*SIXTEEN_BITS} else torch.float64
 
 
 def check_same_shape(tensors: Sequence[Tensor]) -> None:
@@ -39,13 +45,21 @@ def check_same_shape(tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"expected tensors of one shape, got {shapes}")
 
 
-def chunk_size(count: int, device: torch.device, on_cpu: int | None = None) -> int:
-    """Return how many of `count` entries to take at once."""
-    return min(count, (on_cpu or CPU_CHUNK) if device.type == "cpu" else DEVICE_CHUNK)
+def chunk_size(
+    count: int, device: torch.device, on_cpu: int | None = None, row_length: int = 1
+) -> int:
+    """Return how many of `count` entries to take at once: whole rows."""
+    size = (on_cpu or CPU_CHUNK) if device.type == "cpu" else DEVICE_CHUNK
+    return min(count, max(1, size // row_length) * row_length)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size or 1))
+
+
+def row_length(tensor: Tensor) -> int:
+    """Return the length of a row, the last dimension; at least 1."""
+    return max(1, tensor.shape[-1]) if tensor.dim() else 1
 
 
 def load(buffer: Tensor, values: Tensor) -> Tensor:
@@ -58,30 +72,43 @@ def store(out: Tensor, values: Tensor) -> None:
     out.copy_(values if out.device == values.device else values.to(out.dtype))
 
 
+def load_deltas(
+    flat: Sequence[Tensor], part: slice, work: torch.dtype, scratch: Scratch
+) -> list[Tensor]:
+    """Return the base's entries of a chunk, and the others' differences from them."""
+    length = part.stop - part.start
+    origin = load(scratch("origin", work, length), flat[0][part])
+    deltas = [
+        load(scratch(i, work, length), other[part]).sub_(origin) for i, other in enumerate(flat[1:])
+    ]
+    return [origin, *deltas]
+
+
 def add_to_base(
-    merge: Callable[[list[Tensor], Scratch], Tensor],
+    merge: Merge,
     base: Tensor,
     tensors: Sequence[Tensor],
+    lambda_: float,
     dtype: torch.dtype | None,
     device: torch.device | None,
+    whole_rows: bool = False,
+    work: torch.dtype | None = None,
 ) -> Tensor:
-    """Return base + merge(deltas), where delta_t = theta_t - base, rounded once to `dtype`.
+    """Return base + lambda merge(deltas), where delta_t = theta_t - base, rounded once to `dtype`.
 
-    `merge` is called with the deltas of each chunk, which it may change, and a place to compute in.
+    `merge` is called with the deltas of each chunk, in `work`, its place and scratch to compute in.
     """
     check_same_shape([base, *tensors])
     device = device or base.device
-    work = work_dtype([base, *tensors])
-    flat, *others = (t.reshape(-1) for t in (base, *tensors))
-    out = torch.empty_like(flat, dtype=dtype or base.dtype)
-    size = chunk_size(len(flat), device)
+    work = work or work_dtype([base, *tensors], dtype)
+    flat = [t.reshape(-1) for t in (base, *tensors)]
+    out = torch.empty_like(flat[0], dtype=dtype or base.dtype)
+    size = chunk_size(len(out), device, row_length=row_length(base) if whole_rows else 1)
     scratch = Scratch(size, device)
-    for chunk in chunks(len(flat), size):
-        length = chunk.stop - chunk.start
-        origin = load(scratch("origin", work, length), flat[chunk])
-        deltas = [
-            load(scratch(i, work, length), other[chunk]).sub_(origin)
-            for i, other in enumerate(others)
-        ]
-        store(out[chunk], merge(deltas, scratch).add_(origin))
+    for part in chunks(len(out), size):
+        origin, *deltas = load_deltas(flat, part, work, scratch)
+        merged = merge(deltas, part, scratch)
+        if lambda_ != 1:
+            merged.mul_(lambda_)
+        store(out[part], merged.add_(origin))
     return out.view(base.shape)

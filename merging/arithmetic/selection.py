@@ -1,7 +1,7 @@
-"""Find the k-th largest change of a tensor exactly, without sorting it.
+"""Find the k-th largest of the numbers of a tensor's entries exactly, without sorting them.
 
 By a sample that brackets it, or by counting the digits of floats, whose bits are ordered like their
-values.
+values. The numbers, such as magnitudes of changes, are computed anew each time they are looked at.
 """
 
 import math
@@ -12,16 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.arithmetic.chunks import (
-    BITS,
-    CPU_CHUNK,
-    Scratch,
-    check_same_shape,
-    chunk_size,
-    chunks,
-    load,
-    work_dtype,
-)
+from merging.arithmetic.chunks import BITS, CPU_CHUNK, Scratch, chunk_size, chunks
+from merging.arithmetic.entries import Entries, magnitudes
 
 COUNT_CHUNK = 1 << 19  # elements: larger, as each chunk's counts take time to add
 SMALL = 1 << 15  # elements: so few that selecting is faster than anything else
@@ -40,57 +32,81 @@ def trim_threshold(
     """Return the largest float below the k-th largest |tensor - base|.
 
     k = max(1, floor(density n)) for a density in (0, 1]: those above the result are to be kept,
-    equal magnitudes all alike. NaN is largest. Changes are computed in `work` (by default the wider
-    of the two), in which they must then be compared.
+    equal magnitudes all alike. NaN is largest. Changes are computed in `work`, in which they must
+    then be compared.
     """
-    check_same_shape([base, tensor])
-    device = device or base.device
-    work = work or work_dtype([base, tensor])
-    count = base.numel()
-    k = max(1, math.floor(density * count))
-    if k >= count:
-        return 0.0
-    base, tensor = base.reshape(-1), tensor.reshape(-1)
-    kth = None
-    if count <= SMALL:
-        magnitudes = _magnitudes(base.to(device), tensor.to(device), work)
-        kth = float(magnitudes.kthvalue(count - k + 1).values)
-    elif device.type == "cpu":
-        kth = _kth_by_sample(base, tensor, k, work)
-    if kth is None:
-        kth = _kth_by_counting(base, tensor, k, work, device)
-    found = torch.tensor(kth, dtype=work)
+    entries = magnitudes(base, tensor, device, work)
+    k = max(1, math.floor(density * entries.number))
+    return 0.0 if k >= entries.number else float_below(kth_largest(entries, k), entries.work)
+
+
+def float_below(value: float, dtype: torch.dtype) -> float:
+    """Return the largest float of a dtype that is below a positive value; 0 of 0."""
+    found = torch.tensor(value, dtype=dtype)
     return float(torch.nextafter(found, torch.zeros_like(found)))
 
 
-def _magnitudes(base: Tensor, tensor: Tensor, work: torch.dtype) -> Tensor:
-    return (tensor.to(work) - base.to(work)).abs_()
+def float_below_rounded(threshold: float, dtype: torch.dtype) -> float:
+    """Return the largest float of a dtype whose rounding to float32 is below a threshold, or 0.
+
+    The threshold is a float32, of at least 0.
+    """
+    below = float_below(threshold, torch.float32)
+    if dtype == torch.float32 or threshold == 0 or not math.isfinite(threshold):
+        return below
+    middle = (below + threshold) / 2  # exact in float64, and rounded to an even last bit
+    rounded = float(torch.tensor(middle, dtype=torch.float64).float())
+    return float_below(middle, dtype) if rounded == threshold else middle
 
 
-def _magnitude_chunks(
-    base: Tensor, tensor: Tensor, size: int, work: torch.dtype, device: torch.device
-) -> Iterator[Tensor]:
-    """Yield |tensor - base| in chunks, all in one buffer."""
-    scratch = Scratch(size, device)
-    for chunk in chunks(base.numel(), size):
-        delta, other = (scratch(i, work, chunk.stop - chunk.start) for i in range(2))
-        yield load(delta, tensor[chunk]).sub_(load(other, base[chunk])).abs_()
+def kth_largest(entries: Entries, k: int) -> float:
+    """Return the k-th largest number, for k from 1 to their count."""
+    found = None
+    if entries.number <= SMALL:
+        values = entries.of(slice(0, entries.number), None)
+        found = float(values.kthvalue(entries.number - k + 1).values)
+    elif entries.device.type == "cpu":
+        found = _kth_by_sample(entries, k)
+    return _kth_by_counting(entries, k) if found is None else found
 
 
-def _kth_by_sample(base: Tensor, tensor: Tensor, k: int, work: torch.dtype) -> float | None:
+def quantile(entries: Entries, share: float) -> float:
+    """Return the number that a share of all numbers is below, interpolated between two of them."""
+    place = share * (entries.number - 1)  # counted from the smallest
+    before = math.floor(place)
+    low = kth_largest(entries, entries.number - before)
+    if place == before:
+        return low
+    return low + (place - before) * (kth_largest(entries, entries.number - before - 1) - low)
+
+
+def count_nonzero(entries: Entries) -> int:
+    n = entries.number
+    counted = [torch.count_nonzero(c) for c in in_chunks(entries, chunk_size(n, entries.device))]
+    return int(sum(counted))
+
+
+def in_chunks(entries: Entries, size: int) -> Iterator[Tensor]:
+    """Yield the numbers in chunks, all in one buffer."""
+    scratch = Scratch(min(size, entries.number), entries.device)
+    for part in chunks(entries.number, scratch.size):
+        yield entries.of(part, scratch)
+
+
+def _kth_by_sample(entries: Entries, k: int) -> float | None:
     """Find the k-th largest between two values that a sample suggests (Floyd and Rivest 1975).
 
     Whatever the sample is, what is returned is right: entries above, at and between the two values
     are counted. None if the k-th is not among them, or if so many are between that selecting among
     them would take much memory. By numpy, whose comparisons are several times as fast as torch's.
     """
-    n = base.numel()
-    low, high = _bracket(base, tensor, k, work)
+    n = entries.number
+    low, high = _bracket(entries, k)
     size = min(n, CPU_CHUNK)
     masks = np.empty((4, size), dtype=bool)  # which entries are < high, <= high, < low, <= low
     below = [0, 0, 0, 0]  # how many
     between: list[np.ndarray] = []
-    for chunk in _magnitude_chunks(base, tensor, size, work, base.device):
+    for chunk in in_chunks(entries, size):
         inside = masks[:, : len(chunk)]
         for i, pivot in enumerate((high, high, low, low)):
             compare = np.less_equal if i % 2 else np.less
@@ -109,11 +125,11 @@ def _kth_by_sample(base: Tensor, tensor: Tensor, k: int, work: torch.dtype) -> f
     return float(low) if above_low < k <= from_low else None
 
 
-def _bracket(base: Tensor, tensor: Tensor, k: int, work: torch.dtype) -> tuple[float, float]:
+def _bracket(entries: Entries, k: int) -> tuple[float, float]:
     """Return two values between which a sample says that the k-th largest lies, very likely."""
-    n = base.numel()
+    n = entries.number
     step = n // max(SAMPLE, n >> 10) | 1  # odd, so as not to stay in a few columns of a matrix
-    sample = np.sort(_magnitudes(base[::step], tensor[::step], work).numpy())[::-1]
+    sample = np.sort(entries.of(slice(0, n, step), None).numpy())[::-1]
     place = k / n * len(sample)
     margin = 4 * math.sqrt(place * (1 - place / len(sample))) + 1
     first, last = math.floor(place - margin), math.ceil(place + margin)
@@ -121,34 +137,40 @@ def _bracket(base: Tensor, tensor: Tensor, k: int, work: torch.dtype) -> tuple[f
     return (float(sample[last]) if last < len(sample) else -1.0), high
 
 
-def _kth_by_counting(
-    base: Tensor, tensor: Tensor, k: int, work: torch.dtype, device: torch.device
-) -> float:
+def _kth_by_counting(entries: Entries, k: int) -> float:
     """Find the k-th largest by its digits, 16 bits at a time.
 
     Count how often each value of the upper bits occurs, see in which the k-th largest lies, and go
     on with the next bits of the entries that share them.
     """
-    width = 8 * work.itemsize
-    size = chunk_size(base.numel(), device, COUNT_CHUNK)
+    width = 8 * entries.work.itemsize
     prefix = 0
     for shift in range(width - 16, -1, -16):
-        # Digits are counted from 1, and all that is below or above them as 0 and DIGITS + 1.
-        counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=device)
-        for chunk in _magnitude_chunks(base, tensor, size, work, device):
-            digits = chunk.view(BITS[work]).bitwise_right_shift_(shift)
-            _count(counts, digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1))
-        at_least = counts[1:-1].flip(0).cumsum(0)  # entries with this digit, from the top, or above
-        place = int(torch.searchsorted(at_least, k))
-        k -= int(at_least[place - 1]) if place else 0
-        prefix = prefix << 16 | DIGITS - 1 - place
+        digit, k = find_digit(count_digits(entries, prefix, shift), k)
+        prefix = prefix << 16 | digit
     code = "<d" if width == 64 else "<f"
     return float(struct.unpack(code, prefix.to_bytes(width // 8, "little"))[0])
 
 
-def _count(counts: Tensor, digits: Tensor) -> None:
-    """Add to counts[d] how often d occurs."""
-    if counts.device.type == "cpu":
-        counts += torch.bincount(digits, minlength=len(counts))
-    else:  # where bincount would wait for the device to learn the largest digit
-        counts.index_add_(0, digits, counts.new_ones(1).expand(len(digits)))
+def count_digits(entries: Entries, prefix: int, shift: int) -> Tensor:
+    """Return how often each value of 16 bits occurs, above the lowest `shift` ones.
+
+    Of numbers whose bits above those are the prefix. Before the first count stands that of all
+    smaller numbers, and after the last that of all larger ones.
+    """
+    counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=entries.device)
+    for chunk in in_chunks(entries, chunk_size(entries.number, entries.device, COUNT_CHUNK)):
+        digits = chunk.view(BITS[entries.work]).bitwise_right_shift_(shift)
+        digits.sub_((prefix << 16) - 1).clamp_(0, DIGITS + 1)
+        if counts.device.type == "cpu":
+            counts += torch.bincount(digits, minlength=len(counts))
+        else:  # where bincount would wait for the device to learn the largest digit
+            counts.index_add_(0, digits, counts.new_ones(1).expand(len(digits)))
+    return counts
+
+
+def find_digit(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the digit of the k-th largest, and its place among those that share the digit."""
+    at_least = counts[1:-1].flip(0).cumsum(0)  # entries with this digit, from the top, or above
+    place = int(torch.searchsorted(at_least, k))
+    return DIGITS - 1 - place, k - (int(at_least[place - 1]) if place else 0)

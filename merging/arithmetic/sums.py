@@ -1,15 +1,22 @@
 """Sums over tensors: weighted ones, entry by entry, and dot products, over all entries."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from merging.arithmetic.chunks import Scratch, check_same_shape, chunk_size, chunks, load, store
+from merging.arithmetic.chunks import (
+    SIXTEEN_BITS,
+    Scratch,
+    check_same_shape,
+    chunk_size,
+    chunks,
+    load,
+    store,
+)
 
 DOT_BLOCK = 1 << 12  # elements: so few that torch sums them on one thread, always in one order
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 Gram = list[list[float]]
 
@@ -41,23 +48,32 @@ def weighted_sum(
     return out.view(tensors[0].shape)
 
 
-def gram_matrix(tensors: Sequence[Tensor], device: torch.device | None = None) -> Gram:
+def gram_matrix(
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Gram:
     """Return the dot products <theta_i, theta_j> of tensors taken as long vectors.
 
-    Products of 16-bit floats are exact in float32, and its sums of small blocks good enough. Other
-    inputs take float64, and so do those whose squares leave the range of float32, and those that
-    point away from each other, where what is made of the products may cancel.
+    With a base those of their differences from it. `dtype` is that of the result that is to be made
+    of them: where that and all inputs have 16 bits, products are exact in float32, and its sums of
+    small blocks good enough. All else takes float64, and so do those whose squares leave the range
+    of float32, and those that point away from each other, where what is made of the products may
+    cancel.
     """
-    check_same_shape(tensors)
+    everything = [*tensors] if base is None else [base, *tensors]
+    check_same_shape(everything)
     device = device or tensors[0].device
-    flat = [t.reshape(-1) for t in tensors]
-    if all(t.dtype in SIXTEEN_BITS for t in tensors):
-        gram = _dot_products(flat, torch.float32, device)
+    flat = [t.reshape(-1) for t in everything]
+    has_base = base is not None
+    if {*(t.dtype for t in flat), dtype or tensors[0].dtype} <= {*SIXTEEN_BITS}:
+        gram = _gram(flat, has_base, torch.float32, device)
         squares = [gram[i][i] for i in range(len(gram))]
         in_range = 1e-20 < min(squares) and max(squares) < 1e38
         if in_range and not any(cosine(gram, i, j) < -0.5 for i, j in _pairs(len(gram))):
             return gram
-    return _dot_products(flat, torch.float64, device)
+    return _gram(flat, has_base, torch.float64, device)
 
 
 def cosine(gram: Gram, i: int, j: int) -> float:
@@ -70,7 +86,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i + 1)]
 
 
-def _exact_sum(values: Sequence[float]) -> float:
+def exact_sum(values: Sequence[float]) -> float:
     """Return the sum, rounded once; NaN of what overflows or holds infinities of both signs."""
     try:
         return math.fsum(values)
@@ -78,28 +94,63 @@ def _exact_sum(values: Sequence[float]) -> float:
         return math.nan
 
 
-def _dot_products(flat: Sequence[Tensor], work: torch.dtype, device: torch.device) -> Gram:
-    """Return all products: those of entries and sums of blocks in `work`, the sum of those exact.
+def _gram(flat: Sequence[Tensor], has_base: bool, work: torch.dtype, device: torch.device) -> Gram:
+    count = len(flat) - has_base
+    totals = _dot_products(flat, has_base, _pairs(count), work, device)
+    return [[totals[max(i, j), min(i, j)] for j in range(count)] for i in range(count)]
 
-    Blocks are of one size, so that no sum depends on threads or chunks.
+
+def squared_norms(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    select: Callable[[list[Tensor]], None],
+    device: torch.device,
+) -> list[float]:
+    """Return |delta_t|^2 of what `select` leaves of the deltas, which it changes, in float64."""
+    flat = [t.reshape(-1) for t in (base, *tensors)]
+    pairs = [(i, i) for i in range(len(tensors))]
+    return [*_dot_products(flat, True, pairs, torch.float64, device, select).values()]
+
+
+def _dot_products(
+    flat: Sequence[Tensor],
+    has_base: bool,
+    pairs: Sequence[tuple[int, int]],
+    work: torch.dtype,
+    device: torch.device,
+    select: Callable[[list[Tensor]], None] | None = None,
+) -> dict[tuple[int, int], float]:
+    """Return products: those of entries and sums of blocks in `work`, the sum of those exact.
+
+    Blocks are of one size, so that no sum depends on threads or chunks. The first of the tensors
+    may be the base of the others, which are then deltas.
     """
-    count = len(flat)
-    pairs = _pairs(count)
     blocks = max(1, -(-chunk_size(flat[0].numel(), device) // DOT_BLOCK))
     scratch = Scratch(blocks * DOT_BLOCK, device)
-    sums = [[torch.zeros(1, dtype=work, device=device)] for _ in pairs]
+    sums = {pair: [torch.zeros(1, dtype=work, device=device)] for pair in pairs}
     for chunk in chunks(flat[0].numel(), scratch.size):
         length = chunk.stop - chunk.start
-        parts = [scratch(i, work) for i in range(count)]
+        parts = [scratch(i, work) for i in range(len(flat))]
         for part, tensor in zip(parts, flat, strict=True):
             load(part[:length], tensor[chunk])
             part[length:].zero_()
+        if has_base:
+            origin, *parts = parts
+            for part in parts:
+                part.sub_(origin)
+        if select is not None:
+            select(parts)
         product = scratch("product", work)
-        for (i, j), of_pair in zip(pairs, sums, strict=True):
+        for (i, j), of_pair in sums.items():
             torch.mul(parts[i], parts[j], out=product)
             of_pair.append(product.view(blocks, DOT_BLOCK).sum(1))
-    totals = {
-        pair: _exact_sum(torch.cat(of_pair).tolist())
-        for pair, of_pair in zip(pairs, sums, strict=True)
-    }
-    return [[totals[max(i, j), min(i, j)] for j in range(count)] for i in range(count)]
+    return {pair: exact_sum(torch.cat(of_pair).tolist()) for pair, of_pair in sums.items()}
+
+
+def weighted_total(deltas: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:
+    """Return sum_t w_t delta_t of a chunk, in float64."""
+    total, term = (scratch(name, torch.float64, len(deltas[0])) for name in ("total", "term"))
+    total.copy_(deltas[0]).mul_(weights[0])
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(term.copy_(delta).mul_(weight))
+    return total

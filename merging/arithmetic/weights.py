@@ -1,7 +1,11 @@
-"""Weights that are to be divided by their sum. Loads no torch."""
+"""Numbers of methods: their ranges, and weights divided by their sum. Loads no torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+
+class Undefined(ValueError):
+    """A method has no result for these tensors."""
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -10,3 +14,9 @@ def normalized(weights: Sequence[float]) -> list[float]:
     if not abs(total) > 1e-6 * sum(abs(w) for w in weights) or math.isinf(total):
         raise ValueError(f"weights {list(weights)} sum to {total:g} and cannot be normalised")
     return [w / total for w in weights]
+
+
+def check_range(values: Sequence[float], expected: str, allows: Callable[[float], bool]) -> None:
+    """Raise ValueError if a value is not allowed, with what was expected."""
+    if not all(map(allows, values)):
+        raise ValueError(f"expected {expected}, got {list(values)}")

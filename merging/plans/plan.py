@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from merging.models.tensors import FLOAT_DTYPES, LazyTensor
 from merging.problems import some
-from merging.recipes.methods import Method
+from merging.recipes.declarations import Method
 
 
 @dataclass(frozen=True)

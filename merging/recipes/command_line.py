@@ -1,121 +1,16 @@
-"""The command line of main.py: its options, from the methods' rows, and the recipe they make."""
+"""The recipe that the command line of main.py asks for, and what is wrong with it."""
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from merging.recipes.methods import METHODS, ORIGIN, Method, Parameter, users
-from merging.recipes.model_names import split_adapter
-from merging.recipes.numbers import Schedule, parse_values
-from merging.recipes.options import EXIT_STATUS, add_common_options
-from merging.recipes.recipe import Recipe, Slice, Source
+from merging.recipes.declarations import OPERAND, ORIGIN, Method, Parameter, users
+from merging.recipes.methods import METHODS
+from merging.recipes.numbers import Schedule
+from merging.recipes.recipe import Recipe, Slice, Source, Value
 
 Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command line
-NUMBER_OPTIONS = sorted(
-    {p.option for m in METHODS.values() for p in m.parameters if not p.is_switch}
-)
-
-
-class _InOrder(argparse.Action):
-    """Collect (option, value) of several options in the order in which they were given."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        namespace.given = [*namespace.given, (self.option_strings[0], values)]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Merge language models that share an architecture. A model is a local "
-        "directory or a Hugging Face Hub id (org/name, or org/name@revision).",
-        epilog="Numbers of models are given once for all of them (before the first --merge, or "
-        "after the last), or once for each --merge, in the same order. Each is a number, or a list "
-        "such as 0,0.5,1 that is interpolated from the first layer to the last. " + EXIT_STATUS,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(given=[])
-    parser.add_argument(
-        "output", type=os.path.expanduser, help="directory to write the merged model to"
-    )
-    parser.add_argument(
-        "--merge",
-        metavar="MODEL",
-        type=_model_name,
-        action=_InOrder,
-        help="a model to merge; repeat for each (at least one)",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="MODEL",
-        type=_model_name,
-        help="; ".join(f"{m.name}: {m.base}" for m in METHODS.values()),
-    )
-    parser.add_argument(
-        "--method", choices=METHODS, default="ties", help="how to merge (default: %(default)s)"
-    )
-    for option in dict.fromkeys(p.option for m in METHODS.values() for p in m.parameters):
-        _add_parameter(parser, option)
-    parser.add_argument(
-        "--copy-tokenizer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="copy the tokenizer of the base, or else of the first model (default: "
-        "--copy-tokenizer)",
-    )
-    add_common_options(parser)
-    return parser
-
-
-def _add_parameter(parser: argparse.ArgumentParser, option: str) -> None:
-    """Add an option that is a parameter of several methods, with what it means to each."""
-    found: dict[str, list[str]] = {}
-    for method in METHODS.values():
-        for parameter in method.parameters:
-            if parameter.option == option:
-                text = parameter.help + _default_text(parameter)
-                found.setdefault(text, []).append(method.name)
-                switch = parameter.is_switch
-    text = "; ".join(f"{', '.join(methods)}: {text}" for text, methods in found.items())
-    if switch:
-        parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
-    else:
-        metavar = option[2].upper()
-        parser.add_argument(option, metavar=metavar, type=_numbers, action=_InOrder, help=text)
-
-
-def _default_text(parameter: Parameter) -> str:
-    if parameter.default is None:
-        return ""
-    if parameter.is_switch:
-        return f" (default: {'yes' if parameter.default else 'no'})"
-    return f" (default: {parameter.default:g})"
-
-
-def _model_name(text: str) -> str:
-    if not text.strip():
-        raise ValueError
-    try:
-        split_adapter(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def _numbers(text: str) -> tuple[str | None, tuple[float, ...]]:
-    """Parse an option's number, list of numbers, or either with a filter."""
-    try:
-        return parse_values(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a number, or a list such as 0,0.5,1, got {text!r}"
-        ) from error
 
 
 def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
@@ -125,11 +20,11 @@ def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
     """
     method, given = METHODS[arguments.method], arguments.given
     merges = [value for option, value in given if option == "--merge"]
-    values: dict[str, Any] = {}
+    values: dict[str, Value] = {}
     of_models: dict[str, list[Schedule]] = {}
     for parameter in method.parameters:
-        if parameter.is_switch:
-            asked = getattr(arguments, parameter.name)
+        if not parameter.is_number:
+            asked = getattr(arguments, parameter.option[2:].replace("-", "_"))
             values[parameter.name] = parameter.default if asked is None else asked
             continue
         found = _read(parameter, given, method, problems)
@@ -142,9 +37,8 @@ def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
         for i, model in enumerate(merges)
     )
     recipe = Recipe(method, (Slice(sources),), arguments.base_model, values)
-    problems += _unused(arguments, method)
-    problems += _model_problems(recipe, merges)
-    problems += _value_problems(recipe)
+    problems += [*_unused(arguments, method), *_model_problems(recipe, merges)]
+    problems += value_problems(recipe)
     return recipe
 
 
@@ -159,48 +53,51 @@ def _read(
             return [Schedule((float(parameter.default),))]
         problems.append(f"--method {method.name} needs {option}")
         return []
-    problem = _pairing_problem(given, option) if parameter.per_model or len(pairs) == 1 else None
-    words = [word for word, _ in pairs if word]
-    bare = [values for word, values in pairs if word is None]
-    if words and not parameter.filters:
-        problem = (
-            f"{option} {', '.join(sorted(set(words)))}: filters by name are for "
-            f"{_with_filters()}; expected a number or a list"
-        )
-    elif not parameter.per_model and len(bare) != 1:
+    bare = [i for i, (word, _) in enumerate(pairs) if word is None]
+    # Filters stand before the number that they go with; beside a single one, they may stand behind.
+    ends = [len(pairs)] if len(bare) == 1 else [i + 1 for i in bare]
+    groups = [pairs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    problem = _pairing_problem(parameter, given, len(groups))
+    words = [[word for word, _ in group if word] for group in groups]
+    twice = {word for group in words for word in group if group.count(word) > 1}
+    if not parameter.per_model and len(bare) != 1:
         problem = (
             f"{method.name} takes one {option}, {parameter.name}, besides any with a filter "
             f"(NAME:{option[2].upper()}); got {len(bare)}"
         )
-    elif twice := {word for word in words if words.count(word) > 1}:
-        named = ", ".join(sorted(twice))
-        problem = f"{option} {named}: given twice; the first would hide the second"
+    elif not bare or ends[-1] < len(pairs):
+        filters = ", ".join(str(word) for word, _ in pairs[ends[-1] if ends else 0 :])
+        problem = f"{option} {filters}: a filter stands before the number for all other tensors"
+    elif twice:
+        problem = f"{option} {', '.join(sorted(twice))}: given twice; the first hides the second"
     if problem is not None:
         problems.append(problem)
         return []
-    if parameter.per_model:
-        return [Schedule(values) for _, values in pairs]
-    return [Schedule(bare[0], tuple((w, v) for w, v in pairs if w))]
+    return [
+        Schedule(
+            next(values for word, values in group if word is None),
+            tuple((word, values) for word, values in group if word is not None),
+        )
+        for group in groups
+    ]
 
 
-def _with_filters() -> str:
-    return ", ".join(m.name for m in METHODS.values() if any(p.filters for p in m.parameters))
+def _pairing_problem(parameter: Parameter, given: Given, numbers: int) -> str | None:
+    """Say why an option's numbers cannot be paired with the models; None if they can.
 
-
-def _pairing_problem(given: Given, option: str) -> str | None:
-    """Say why an option's values cannot be paired with the models; None if they can.
-
-    One value serves all models, if it does not stand between two of them; else each has its own.
+    One number serves all models, if it does not stand between two of them; else each has its own.
     """
+    option = parameter.option
     places = [i for i, (name, _) in enumerate(given) if name == option]
     merges = [i for i, (name, _) in enumerate(given) if name == "--merge"]
-    if len(places) not in (1, len(merges)):
+    if parameter.per_model and numbers not in (1, len(merges)):
         return (
-            f"{option} was given {len(places)} times for {len(merges)} --merge; give it once for "
+            f"{option} was given {numbers} times for {len(merges)} --merge; give it once for "
             "all, or once for each"
         )
-    if len(places) == 1 and len(merges) > 1 and merges[0] < places[0] < merges[-1]:
-        word, values = given[places[0]][1]
+    between = [i for i in places if len(merges) > 1 and merges[0] < i < merges[-1]]
+    if numbers == 1 and between:
+        word, values = given[between[0]][1]
         return (
             f"{option} {Schedule(values) if word is None else word} stands between two of "
             f"{len(merges)} --merge: for one model or for all; give {option} for each --merge, or "
@@ -213,37 +110,44 @@ def _unused(arguments: argparse.Namespace, method: Method) -> list[str]:
     """Return the options that are given and that the method does not use."""
     used = {parameter.option for parameter in method.parameters}
     given = {option for option, _ in arguments.given if option != "--merge"}
-    switches = {p.option: p for m in METHODS.values() for p in m.parameters if p.is_switch}
-    for option, parameter in switches.items():
-        asked = getattr(arguments, parameter.name)
+    others = {p.option: p for m in METHODS.values() for p in m.parameters if not p.is_number}
+    for option, parameter in others.items():
+        asked = getattr(arguments, option[2:].replace("-", "_"))
         if asked is not None and option not in used:
-            given.add(option if asked else f"--no-{option[2:]}")
+            given.add(f"--no-{option[2:]}" if parameter.is_switch and not asked else option)
+    needing_base = [p.option for p in method.parameters if p.with_base and p.option in given]
     return [
-        f"{option} is for {users(option.replace('--no-', '--'))}, not for {method.name}"
+        f"{option} is for {users(option.replace('--no-', '--'), METHODS.values())}, not for "
+        f"{method.name}"
         for option in sorted(given - used)
+    ] + [
+        f"{option} scales the change to a base: with {method.name} it needs --base-model"
+        for option in needing_base
+        if arguments.base_model is None
     ]
 
 
-def _model_problems(recipe: Recipe, merges: Sequence[str]) -> list[str]:
+def _model_problems(recipe: Recipe, merges: Sequence[str]) -> Iterator[str]:
     method = recipe.method
     if not merges:
-        return ["no model to merge; name at least one with --merge"]
+        yield "no model to merge; name at least one with --merge"
     if method.base == ORIGIN and recipe.base is None:
-        return [f"--method {method.name} needs --base-model, {method.base.split(' (')[0]}"]
+        yield f"--method {method.name} needs --base-model, {method.base.split(' (')[0]}"
+    if not merges:
+        return
     count = len(recipe.operands(recipe.slices[0])) - recipe.takes_base
     fewest, most = method.models
-    if most is not None and fewest == most != count:
-        return [
-            f"{method.name} merges exactly {'two' if most == 2 else most} models, --base-model and "
-            f"one --merge or two --merge; got {count}"
-        ]
-    if count < fewest:
-        return [f"{method.name} merges at least {fewest} models; got {count}"]
-    return []
+    besides = " besides the base" if recipe.takes_base else ""
+    if count < fewest and most is None:
+        yield f"{method.name} merges at least {fewest} models{besides}; got {count}"
+    elif most is not None and not fewest <= count <= most:
+        number = {1: "one model", 2: "two models"}[most]
+        how = ", --base-model and one --merge or two --merge" if method.base == OPERAND else besides
+        yield f"{method.name} merges exactly {number}{how}; got {count}"
 
 
-def _value_problems(recipe: Recipe) -> list[str]:
-    """Return which numbers are out of range, or cannot be normalised whatever the tensor is."""
+def value_problems(recipe: Recipe) -> list[str]:
+    """Return which numbers are out of range, or do not go together whatever the tensor is."""
     problems = []
     schedules = recipe.schedules()
     for parameter, _, schedule in schedules:
@@ -258,15 +162,21 @@ def _value_problems(recipe: Recipe) -> list[str]:
             for value in sorted(schedule.every_value())
             if 0 < abs(value) < sys.float_info.min
         ]
-        negative = parameter.name == "weight" and min(schedule.every_value()) < 0
-        if negative and recipe.method.positive and recipe.values["normalize"]:
-            problems.append(f"negative weights with {recipe.method.name} need --no-normalize")
-    complete = len(schedules) == sum(
-        len(recipe.slices[0].sources) if p.per_model else 1
-        for p in recipe.method.parameters
-        if not p.is_switch
-    )
-    if complete and recipe.slices[0].sources and not any(s.varies for _, _, s in schedules):
-        refusal = recipe.refusal(recipe.arguments(recipe.slices[0], "", 0))
-        problems += [refusal] if refusal else []
+    for parameter in recipe.method.parameters:
+        varying = [p for p, _, schedule in schedules if schedule.varies]
+        fixed = parameter.same_for_all
+        if (
+            fixed in {p.name for p in varying}
+            and recipe.values[parameter.name] != parameter.default
+        ):
+            problems.append(
+                f"{parameter.option} {recipe.values[parameter.name]} needs one {fixed} for the "
+                "whole of a model, no list and no filters"
+            )
+    if not problems and recipe.is_complete:
+        # The first and the last layer are there in any model; what lies between is seen to later.
+        words = {word for _, _, schedule in schedules for word, _ in schedule.filters}
+        tries = [(name, place) for name in ("", *words) for place in (0, 1)]
+        refusals = (recipe.refusal(recipe.arguments(recipe.slices[0], *each)) for each in tries)
+        problems += {*filter(None, refusals)}
     return problems

@@ -93,6 +93,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """Parse a number of at least 0."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def _versions() -> str:
     """Return the version of this tool and of what it stands on."""
     found = []

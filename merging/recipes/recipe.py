@@ -3,15 +3,15 @@
 A merge of whole models is one slice of several sources; a stack of layers has slices of one source.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merging.arithmetic.weights import normalized
-from merging.recipes.methods import DONOR, ORIGIN, Method, Parameter
+from merging.recipes.declarations import DONOR, OPTIONAL, ORIGIN, Method, Parameter
 from merging.recipes.numbers import Factors, Schedule
 
-Value = Schedule | Factors | bool
+Value = Schedule | Factors | bool | int | str | float | None  # a number, a switch, seed or choice
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,17 @@ class Recipe:
     @property
     def takes_base(self) -> bool:
         """Whether the base is the origin of the changes that are merged."""
-        return self.method.base == ORIGIN
+        return self.base is not None and self.method.base in (ORIGIN, OPTIONAL)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each parameter of the method has a value for each model that is merged."""
+        return all(
+            parameter.name in {**self.values, **part.values, **source.values}
+            for parameter in self.method.parameters
+            for part in self.slices
+            for source in part.sources
+        ) and all(part.sources for part in self.slices)
 
     def operands(self, part: Slice) -> tuple[str, ...]:
         """Return the models that the arithmetic takes for a slice, in its order."""
@@ -69,25 +79,27 @@ class Recipe:
     def arguments(self, part: Slice, name: str, place: float) -> dict[str, Any]:
         """Return the method's arguments for a tensor at a place among the layers, from 0 to 1."""
 
-        def at(parameter: Parameter, *given: Mapping[str, Value]) -> float | bool:
+        def at(parameter: Parameter, *given: Mapping[str, Value]) -> Any:
             value = next(values[parameter.name] for values in given if parameter.name in values)
-            return value if isinstance(value, bool) else value.at(name, place)
+            return value.at(name, place) if isinstance(value, Schedule | Factors) else value
 
-        return {
-            p.argument: [at(p, s.values, part.values, self.values) for s in part.sources]
-            if p.per_model
-            else at(p, part.values, self.values)
-            for p in self.method.parameters
-        }
+        found = {}
+        for parameter in self.method.parameters:
+            if parameter.argument is None:
+                continue
+            if parameter.per_model:
+                value = [at(parameter, s.values, part.values, self.values) for s in part.sources]
+            else:
+                value = at(parameter, part.values, self.values)
+            if parameter.is_seed:
+                seed: Any = value
+                value = [random_key(seed, name, i) for i in range(len(part.sources))]
+            found[parameter.argument] = value
+        return found
 
     def refusal(self, arguments: Mapping[str, Any]) -> str | None:
         """Say why the method cannot take these arguments; None if it can."""
-        if self.method.normalizable and arguments["normalize"]:
-            try:
-                normalized(arguments["weights"])
-            except ValueError as error:
-                return f"{error}; use --no-normalize or other weights"
-        return None
+        return next(filter(None, (check(arguments) for check in self.method.checks)), None)
 
     def schedules(self) -> list[tuple[Parameter, str | None, Schedule]]:
         """Return the numbers of each model, and those of all models, whose model is None."""
@@ -98,6 +110,12 @@ class Recipe:
                 if isinstance(value := values.get(parameter.name), Schedule):
                     found.append((parameter, owner, value))
         return found
+
+
+def random_key(seed: int, name: str, model: int) -> int:
+    """Return the key of a random mask: 64 bits, of the seed, the tensor and the model's number."""
+    text = f"{seed}\0{name}\0{model}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def table(recipe: Recipe) -> str:
@@ -120,7 +138,7 @@ def _merge_table(recipe: Recipe) -> str:
         value = recipe.values.get(parameter.name)
         if isinstance(value, bool):
             line += filter(None, [parameter.words[value]])
-        elif value is not None:
+        elif value is not None and (not parameter.with_base or recipe.takes_base):
             line.append(f"{parameter.name} = {value}")
     return "\n".join([f"method: {', '.join(line)}", *aligned(rows)])
 

@@ -56,7 +56,10 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
     for source in planned.sources:
         source.check()
     tensors = [source.read() for source in planned.sources]
-    result = _combined(planned, tensors, device)
+    try:
+        result = _combined(planned, tensors, device)
+    except merge_methods.Undefined as error:
+        raise Problems(f"{name}: {error}") from error
     for source in planned.sources:
         source.check()
     if result is None:

@@ -1,0 +1,103 @@
+"""Numbers that belong to the entries of a tensor, computed anew each time they are looked at."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merging.arithmetic.chunks import (
+    Scratch,
+    check_same_shape,
+    chunk_size,
+    chunks,
+    load,
+    row_length,
+    work_dtype,
+)
+
+
+class Entries(NamedTuple):
+    """Numbers, one for each of a tensor's entries, none of them negative; NaN is largest.
+
+    `of` computes those of a slice, which may have a step, in the dtype `work` on the device; it may
+    use what the scratch, if any, holds under "entries" and names of its own.
+    """
+
+    number: int
+    work: torch.dtype
+    device: torch.device
+    of: Callable[[slice, Scratch | None], Tensor]
+
+
+def magnitudes(
+    base: Tensor,
+    tensor: Tensor,
+    device: torch.device | None = None,
+    work: torch.dtype | None = None,
+) -> Entries:
+    """Return |tensor - base|, entry by entry."""
+    check_same_shape([base, tensor])
+    to, dtype = device or base.device, work or work_dtype([base, tensor])
+    flat, origin = tensor.reshape(-1), base.reshape(-1)
+
+    def of(part: slice, scratch: Scratch | None) -> Tensor:
+        values, other = flat[part], origin[part]
+        if scratch is None:
+            return (values.to(to).to(dtype) - other.to(to).to(dtype)).abs_()
+        delta = load(scratch("entries", dtype, len(values)), values)
+        return delta.sub_(load(scratch("other", dtype, len(values)), other)).abs_()
+
+    return Entries(base.numel(), dtype, to, of)
+
+
+def variances(base: Tensor, tensors: Sequence[Tensor], device: torch.device) -> Entries:
+    """Return the variance of the tensors' changes, entry by entry, in float64."""
+    flat = [t.reshape(-1) for t in (base, *tensors)]
+
+    def of(part: slice, scratch: Scratch | None) -> Tensor:
+        values = [t[part].to(device).double() for t in flat]
+        return variance([value - values[0] for value in values[1:]])
+
+    return Entries(base.numel(), torch.float64, device, of)
+
+
+def variance(deltas: Sequence[Tensor]) -> Tensor:
+    """Return the variance of deltas, entry by entry; 0 where all are equal, whatever they are."""
+    others = [delta - deltas[0] for delta in deltas[1:]]
+    mean = sum(others, torch.zeros_like(deltas[0])).div_(len(deltas))
+    total = mean.square()  # that of the first, whose distance from itself is 0
+    for other in others:
+        total.add_(other.sub_(mean).square_())
+    return total.div_(len(deltas))
+
+
+def weighted_magnitudes(
+    base: Tensor, tensor: Tensor, of_rows: Tensor, device: torch.device
+) -> Entries:
+    """Return |tensor - base| times the number of each row, in float64."""
+    found = magnitudes(base, tensor, device, torch.float64)
+    length = max(1, base.numel() // max(1, len(of_rows)))
+
+    def of(part: slice, scratch: Scratch | None) -> Tensor:
+        start, stop, step = part.indices(found.number)
+        rows = torch.arange(start, stop, step, device=device).div_(length, rounding_mode="floor")
+        return found.of(part, scratch).mul_(of_rows[rows])
+
+    return found._replace(of=of)
+
+
+def divergences(base: Tensor, tensor: Tensor, device: torch.device) -> Tensor:
+    """Return KL(softmax(row of the tensor) || softmax(row of the base)) of each row, in float64.
+
+    = sum_i p_i delta_i - log(1 + sum_i q_i (exp(delta_i) - 1)), which keeps what is small.
+    """
+    length = row_length(base)
+    rows = [t.reshape(-1, length) for t in (base, tensor)]
+    found = []
+    for part in chunks(len(rows[0]), max(1, chunk_size(base.numel(), device) // length)):
+        origin, values = (t[part].to(device).double() for t in rows)
+        delta = values - origin
+        after = torch.log1p((origin.softmax(1) * delta.expm1()).sum(1))
+        found.append((values.softmax(1) * delta).sum(1).sub_(after).clamp_min_(0))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=device)
