@@ -9,6 +9,8 @@ from helpers import Make, contents, loads_clean, rewrite, stack_file, stored
 
 import bakllama
 
+LONGEST = "max_position_embeddings"
+
 
 def layer(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{number}."
@@ -241,3 +243,29 @@ def test_token_ids_follow_the_embedding_source(make: Make, output: Path, tmp_pat
     model = loads_clean(output)
     assert (model.config.eos_token_id, model.config.vocab_size) == (7, 90)
     assert model.generation_config.eos_token_id == 7
+
+
+def test_what_follows_the_layers_is_not_warned_about(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the depth nor a list with an entry a layer is the donor's in the output."""
+    a = make("gemma3", 0)
+    kinds = ["full_attention", "sliding_attention"] * 2
+    b = make("gemma3", 1, num_hidden_layers=4, layer_types=kinds, rms_norm_eps=1e-4)
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 2}}, {{model: {b}, start: 1, end: 4}}]"
+    assert bakllama.main([stack_file(tmp_path, text), str(output)]) == 0
+    printed = capsys.readouterr().err
+    warned = [line.split(" is ")[0] for line in printed.splitlines() if "the output has" in line]
+    assert warned == [f"warning: {b}: rms_norm_eps"]
+    assert loads_clean(output).config.layer_types[2:] == kinds[1:]
+
+
+def test_positions_follow_a_table_of_them(make: Make, output: Path, tmp_path: Path) -> None:
+    """Only where the embedding's source brings a table: without, they are the first slice's."""
+    for name, key, expected in (("gpt2", "n_positions", 32), ("llama", LONGEST, 64)):
+        a = make(name, 0, **{key: 64})
+        b = make(name, 1, **{key: 32}, vocab_size=104)
+        text = f"layer_slices: [{{model: {a}, start: 0, end: 2}}]\nembedding_source: {b}\n"
+        config = stack_file(tmp_path, f"{text}lm_head_source: {b}")
+        assert bakllama.main([config, str(output), "--overwrite"]) == 0
+        assert getattr(loads_clean(output).config, key) == expected

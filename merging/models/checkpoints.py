@@ -1,7 +1,7 @@
 """Checkpoints: a model's folder, its config, and the named tensors of its weight files."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,27 +110,32 @@ def size_problems(
     ]
 
 
-def meaning_warnings(models: Mapping[str, PretrainedConfig], donor: str) -> list[str]:
-    """Return where models differ from the donor in what their tensors mean, not in their shapes."""
+def meaning_warnings(
+    models: Mapping[str, PretrainedConfig], donor: str, followed: Set[str] = frozenset()
+) -> list[str]:
+    """Return where models differ from the donor in what their tensors mean, not in their shapes.
+
+    But for the keys that `followed` what each model says, so that the output has no one's value.
+    """
     reference = text_config(models[donor])
     return [
-        f"{name}: {key} is {found}, in {donor} it is {expected}; the output has the latter"
+        f"warning: {name}: {key} is {found}, in {donor} it is {expected}; the output has the latter"
         for name, config in models.items()
-        for key, found, expected in _differences(text_config(config), reference)
+        for key, found, expected in _differences(text_config(config), reference, followed)
     ]
 
 
 def _differences(
-    config: PretrainedConfig, reference: PretrainedConfig
+    config: PretrainedConfig, reference: PretrainedConfig, left_out: Set[str]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield where two configs differ, in values of all layers and of single ones."""
     values, expected = config.to_dict(), reference.to_dict()
     single = layer_attributes(config) | layer_attributes(reference)
     for key in [*expected, *(values.keys() - expected.keys())]:
-        means_nothing = key in OF_EVERY_CONFIG or MEANINGLESS.search(key)
+        means_nothing = key in OF_EVERY_CONFIG | left_out or MEANINGLESS.search(key)
         if not means_nothing and key not in single and values.get(key) != expected.get(key):
             yield key, values.get(key), expected.get(key)
-    for key in sorted(single):
+    for key in sorted(single - left_out):
         found, wanted = of_layers(config, key), of_layers(reference, key)
         layers = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b]
         if layers:

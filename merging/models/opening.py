@@ -50,8 +50,8 @@ def open_models(
     sizes: Sequence[str],
     arguments: argparse.Namespace,
     problems: list[str],
-) -> tuple[dict[str, "Checkpoint"], list[str]]:
-    """Open models, the donor first, and return warnings of how they differ from it.
+) -> dict[str, "Checkpoint"]:
+    """Open models, the donor first.
 
     `sizes` are the config values in which all must agree; no weights are downloaded if they do not.
     Raises Problems, with those that there are already, if not all can be opened.
@@ -59,7 +59,7 @@ def open_models(
     import transformers
 
     from merging.models.adapters import adapted
-    from merging.models.checkpoints import Checkpoint, meaning_warnings, read_config, size_problems
+    from merging.models.checkpoints import Checkpoint, read_config, size_problems
     from merging.models.weight_files import read_folder
 
     if not arguments.verbose:  # their advice is about loading models to run, which nobody does here
@@ -83,4 +83,4 @@ def open_models(
             models[name] = model if adapter is None else adapted(model, adapter, trust)
     if len(models) < len(found):
         refuse(problems)
-    return models, meaning_warnings(configs, donor)
+    return models

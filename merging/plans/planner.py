@@ -1,21 +1,15 @@
 """Plan a model: say of every output tensor what it is made of, or all that is in the way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from merging.models.checkpoints import Checkpoint, changed_config, says_tied
+from merging.models.checkpoints import Checkpoint, changed_config, meaning_warnings, says_tied
 from merging.models.structure import Structure, assemble
 from merging.models.tensors import LazyTensor
 from merging.models.vocabularies import match_vocabularies
-from merging.plans.layouts import (
-    AS_IT_IS,
-    Layout,
-    chosen_layers,
-    stacked_layers,
-    whole_models,
-)
+from merging.plans.layouts import Layout, chosen_layers, stacked_layers, whole_models
 from merging.plans.plan import Plan, PlannedTensor, output_dtype
 from merging.plans.same_layers import (
     compare_layers,
@@ -53,9 +47,9 @@ def plan_model(
         if any(stored not in model.tensors for model, stored in role.operands):
             continue
         first, stored = role.operands[0]
-        given = role.given or first.tensors[stored]
-        sources = tuple(match(model, stored, given) for model, stored in role.operands)
-        given = role.given or sources[0]
+        rows_of = role.given or first.tensors[stored]
+        sources = tuple(match(model, stored, rows_of) for model, stored in role.operands)
+        given = role.given or sources[0]  # the latter with its rows matched
         arguments = recipe.arguments(role.part, name, role.place)
         tensors[name] = _planned(recipe, given, sources, arguments, dtype)
         if refusal := recipe.refusal(arguments):
@@ -64,7 +58,7 @@ def plan_model(
     if refusals:
         problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
-    config = _config(recipe, models, structure, layout)
+    config, followed = _config(recipe, models, structure, layout)
     makers = ", ".join(models) if recipe.is_stack else donor.name
     model, problems = assemble(makers, structure.cls, config, tensors)
     if recipe.is_stack and problems:
@@ -73,6 +67,8 @@ def plan_model(
     if recipe.is_stack:
         notes += _prove_stack(recipe, models, structure, layout, model)
     notes += _gradients(recipe, layout)
+    configs = {name: checkpoint.config for name, checkpoint in models.items()}
+    notes[:0] = meaning_warnings(configs, donor.name, followed)
     return Plan(donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes))
 
 
@@ -127,21 +123,17 @@ def _misfits(
 
 def _config(
     recipe: Recipe, models: Mapping[str, Checkpoint], structure: Structure, layout: Layout
-) -> PretrainedConfig:
-    """Return the output's config: the donor's, which says whether the output is tied."""
+) -> tuple[PretrainedConfig, Set[str]]:
+    """Return the output's config, and the keys of it that are not just the donor's.
+
+    Of a merge it is the donor's, which says whether the output is tied.
+    """
     tied = not layout.untied
     if recipe.is_stack:
-        donor, embedding = models[recipe.models[0]], models[str(recipe.embedding_source)]
-        shapes = [
-            (donor.tensors[name].shape[0], role.operands[0][0].tensors[name].shape[0])
-            for name, role in layout.roles.items()
-            if role.operands[0][0] is embedding and name in donor.tensors and role.part is AS_IT_IS
-        ]
-        positions = any(of_donor != of_embedding for of_donor, of_embedding in shapes)
-        return stacked_config(recipe, models, layout.layers, tied, positions)
+        return stacked_config(recipe, models, layout)
     if structure.ties and says_tied(structure.config) != tied:
-        return changed_config(structure.config, tie_word_embeddings=tied)
-    return structure.config
+        return changed_config(structure.config, tie_word_embeddings=tied), set()
+    return structure.config, set()
 
 
 def _prove_stack(

@@ -12,7 +12,7 @@ from torch import nn
 
 from merging.models.structure import Structure
 from merging.models.trial import modules_in_order
-from merging.problems import some
+from merging.problems import cause, some
 
 Kinds = dict[str, Any]
 NUMBER_OF_A_LAYER = re.compile(
@@ -116,6 +116,5 @@ def running_problems(output: Any, way: int | None) -> tuple[list[str], list[str]
     try:
         modules_in_order(output, way)
     except Exception as error:  # whatever the model's own code raises
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return [f"the stack cannot compute: {cause}; choose other slices"], []
+        return [f"the stack cannot compute: {cause(error)}; choose other slices"], []
     return [], []

@@ -2,15 +2,15 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
 from merging.models.checkpoints import Checkpoint, layer_attributes, of_layers, text_config
-from merging.models.layers import DEPTHS, Layers
-from merging.plans.layouts import chosen_layers
-from merging.problems import Problems, refuse, some
+from merging.models.layers import DEPTHS
+from merging.plans.layouts import AS_IT_IS, Layout, chosen_layers
+from merging.problems import Problems, cause, refuse, some
 from merging.recipes.recipe import Recipe
 
 # Lists that name layers by number: from 0, or from 1.
@@ -85,45 +85,63 @@ class Chosen(NamedTuple):
 
 
 def stacked_config(
-    recipe: Recipe,
-    models: Mapping[str, Checkpoint],
-    layers: Mapping[str, Layers],
-    tied: bool,
-    positions_too: bool = False,
-) -> PretrainedConfig:
+    recipe: Recipe, models: Mapping[str, Checkpoint], layout: Layout
+) -> tuple[PretrainedConfig, Set[str]]:
     """Return the donor's config with the depth, and all that it says of layers, of the chosen ones.
 
-    With `positions_too` the number of positions is that of the embedding. Raises Problems for what
-    cannot be said in the form that the config has for it.
+    And the keys that follow these layers, or the sources of embedding and head. Raises Problems for
+    what cannot be said in the form that the config has for it.
     """
     chosen = Chosen(
         [(model, i) for _, model, i in chosen_layers(recipe)],
         {name: text_config(model.config).to_dict() for name, model in models.items()},
-        {name: len(found.parts) for name, found in layers.items()},
+        {name: len(found.parts) for name, found in layout.layers.items()},
         recipe.models[0],
     )
     config = text_config(models[chosen.donor].config)
-    values = dict(chosen.configs[chosen.donor])
     before, after = chosen.depths[chosen.donor], len(chosen.layers)
-    values |= {key: after for key in DEPTHS if values.get(key) == before}
-    values |= _followed_lists(chosen) | {"tie_word_embeddings": tied}
-    values |= _sparse_steps(chosen, values)
-    values |= _followed_forms(chosen, values)
-    values |= _followed_singles(models, chosen)
-    embedding = chosen.configs[str(recipe.embedding_source)]
-    keys = OF_THE_EMBEDDING + POSITIONS * positions_too
-    values |= {key: embedding[key] for key in keys if key in values and key in embedding}
+    of_donor = chosen.configs[chosen.donor]
+    changes: dict[str, Any] = {key: after for key in DEPTHS if of_donor.get(key) == before}
+    changes |= _followed_lists(chosen) | {"tie_word_embeddings": not layout.untied}
+    changes |= _sparse_steps(chosen, of_donor | changes)
+    changes |= _followed_forms(chosen, of_donor | changes)
+    singles = _followed_singles(models, chosen)
+    changes |= {"per_layer_config": singles} if singles else {}
+    changes |= _of_the_embedding(recipe, models, layout, chosen)
+    values = of_donor | changes
     try:
         result = type(config).from_dict(values)
     except Exception as error:  # of many kinds: the class does not take such values
-        cause = " ".join(str(error).split())[:300]
-        raise Problems(f"{chosen.donor}: its config cannot say these layers: {cause}") from error
+        raise Problems(
+            f"{chosen.donor}: its config cannot say these layers: {cause(error)}"
+        ) from error
     if "num_hidden_layers" in getattr(config, "attribute_map", {}) and not isinstance(
         getattr(type(config), "num_hidden_layers", None), property
     ):
         result.num_hidden_layers = after
     refuse(_changed_by_class(result, values))
-    return result
+    return result, changes.keys() | singles.get("0", {}).keys()
+
+
+def _of_the_embedding(
+    recipe: Recipe, models: Mapping[str, Checkpoint], layout: Layout, chosen: Chosen
+) -> dict[str, Any]:
+    """Return what the embedding's source says of tokens, and of positions if it brings a table."""
+    donor, source = models[chosen.donor], models[str(recipe.embedding_source)]
+    of_donor, of_source = chosen.configs[chosen.donor], chosen.configs[source.name]
+    tables = {
+        len_of_source - len_of_donor
+        for name, role in layout.roles.items()
+        if role.part is AS_IT_IS and role.place == 0 and name in donor.tensors
+        for len_of_donor in donor.tensors[name].shape[:1]
+        for len_of_source in source.tensors[name].shape[:1]
+    }
+    keys = [key for key in OF_THE_EMBEDDING if key in of_donor and key in of_source]
+    for key in POSITIONS:
+        found, expected = of_source.get(key), of_donor.get(key)
+        if isinstance(found, int) and isinstance(expected, int) and found - expected in tables:
+            keys.append(key)
+    return {key: of_source[key] for key in keys}
 
 
 def _followed_lists(chosen: Chosen) -> dict[str, Any]:
@@ -172,7 +190,10 @@ def _followed_forms(chosen: Chosen, values: Mapping[str, Any]) -> dict[str, Any]
     problems = []
     for form in FORMS:
         now = [value for key in form.keys if isinstance(value := values.get(key), int)]
-        if len(now) < len(form.keys) or values.get(form.list_instead):
+        if len(now) < len(form.keys):
+            continue
+        if values.get(form.list_instead):  # which follows; these say no more
+            changes |= {key: values[key] for key in form.keys}
             continue
         rows = zip(*(chosen.of_each(key) for key in form.keys), strict=True)
         kinds = [form.kind(*row[0][:2], *(value or 0 for _, _, value in row)) for row in rows]
@@ -201,19 +222,17 @@ def _says(form: Form, numbers: Sequence[int], kinds: Sequence[object]) -> bool:
 
 
 def _followed_singles(models: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Any]:
-    """Return the per_layer_config of the chosen layers, where one of the models has one."""
+    """Return the values of single layers among the chosen, where one of the models has such."""
     configs = {name: text_config(models[name].config) for name, _ in chosen.layers}
     keys = set().union(*(layer_attributes(config) for config in configs.values()))
-    if not keys:
-        return {}
     values = {
         (name, key): of_layers(config, key) for name, config in configs.items() for key in keys
     }
-    singles = {
+    return {
         str(n): {key: values[name, key][i] for key in keys}
         for n, (name, i) in enumerate(chosen.layers)
+        if keys
     }
-    return {"per_layer_config": singles}
 
 
 def _changed_by_class(config: PretrainedConfig, asked: Mapping[str, Any]) -> Iterator[str]:

@@ -109,9 +109,7 @@ def _plan(
     with collecting(problems):
         device = choose_device(arguments.cuda)
     sizes = SIZES[:1] if recipe.is_stack else SIZES
-    models, warnings = open_models(found, sizes, arguments, problems)
-    for warning in warnings:
-        say(f"warning: {warning}", arguments.quiet)
+    models = open_models(found, sizes, arguments, problems)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         plan = plan_model(recipe, models, dtype, arguments.trust_remote_code)
