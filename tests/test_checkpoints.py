@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, linear, loads_clean, rewrite, stored
+from helpers import Make, fails, linear, loads_clean, make_other, rewrite, stored
 
 import bakllama
 
@@ -178,3 +178,36 @@ def test_parameters_in_a_bin_are_tensors(make: Make, tmp_path: Path, output: Pat
     options = ("--method", "ties", "--base-model", str(make("llama", 0)), "--density", "0.4")
     assert linear(output, a, options=options) == 0
     loads_clean(output)
+
+
+@pytest.mark.parametrize(
+    "name, part, key",
+    [
+        ("bert", None, "num_hidden_layers"),
+        ("bart", None, "encoder_layers"),
+        ("gemma3 vision", "text_config", "num_hidden_layers"),
+        ("qwen2-vl", "vision_config", "depth"),
+    ],
+)
+@pytest.mark.parametrize("depth", [90_000, 10**9])
+def test_more_layers_than_are_stored_are_refused_before_they_are_made(
+    name: str,
+    part: str | None,
+    key: str,
+    depth: int,
+    output: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_other(name, 0, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    changed = config if part is None else config[part]
+    changed.pop("layer_types", None)
+    changed[key] = depth
+    file.write_text(json.dumps(config))
+    merge = ["--method", "linear", "--weight", "1", "--merge", tmp_path / "model"]
+    text = fails(capsys, output, *merge)
+    says = f"{tmp_path / 'model'}: config.json says {key}"
+    few = f"{says} {depth}, but the tensors are of 2 layers at most"
+    assert (few if depth < 10**6 else f"{says} 1e+09, expected at most 100000") in text

@@ -6,6 +6,7 @@ Nothing here loads torch or transformers, so that a mistyped path is reported at
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ WEIGHT_FILES = {
     "model.safetensors": "model.safetensors.index.json",
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
+# Names by which configs call the number of a decoder's layers.
+DEPTHS = (
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
+    "num_layers_per_stack"
+).split()
+OTHER_DEPTHS = ("encoder_layers", "num_encoder_layers", "depth")  # of encoders and vision towers
 # Of numbers in a config: transformers makes something for each, whatever the files hold.
-LIMITS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2000)
-LIMITS |= {"num_labels": 1_000_000}
+LIMITS = dict.fromkeys([*DEPTHS, *OTHER_DEPTHS], 100_000) | {"num_labels": 1_000_000}
 LARGEST_JSON = 10_000_000  # bytes of a config
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -123,6 +129,14 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
     return content
 
 
+def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a config's mapping, and all mappings inside it."""
+    waiting = [config]
+    while waiting:
+        yield (part := waiting.pop())
+        waiting += [value for value in part.values() if isinstance(value, Mapping)]
+
+
 def _check_config(model: str, folder: Path) -> None:
     """Refuse a folder without a config, an adapter, and a quantised model, by name."""
     if not (folder / "config.json").is_file():
@@ -132,13 +146,12 @@ def _check_config(model: str, folder: Path) -> None:
                 f"BASE+{model}"
             )
         raise Problems(f"{model}: no config.json in {folder}, so it is not a model")
-    config = read_json(model, folder / "config.json")
-    for key, limit in LIMITS.items():
-        value = config.get(key)
-        if isinstance(value, int) and value > limit:
-            raise Problems(f"{model}: config.json says {key} {value:.3g}, expected at most {limit}")
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in parts:
+    for part in parts_of(read_json(model, folder / "config.json")):
+        for key, limit in LIMITS.items():
+            if isinstance(value := part.get(key), int) and value > limit:
+                raise Problems(
+                    f"{model}: config.json says {key} {value:.3g}, expected at most {limit}"
+                )
         quantisation = part.get("quantization_config")
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None

@@ -1,10 +1,11 @@
 """Where tensors stand among a model's numbered layers."""
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merging.models.checkpoints import Checkpoint, text_config, value_of
+from merging.models.folders import DEPTHS, OTHER_DEPTHS, parts_of
 from merging.problems import Problems, some
 
 NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<index>\d+)\.(?P<part>.+)$")
@@ -20,15 +21,27 @@ class Layers:
     beyond: frozenset[str]  # numbered like layers, but above the depth: to predict more tokens
 
 
-# Names by which configs call the number of their layers.
-DEPTHS = (
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
-    "num_layers_per_stack"
-).split()
+FEW = 200  # layers that a config may ask for though they have no tensors: some are used again
 PARTS = (
     "a model of several parts, such as vision and text, whose other tensors belong to no layer; "
     "stack its text model alone, saved as a model of its own"
 )
+
+
+def depth_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Find numbers of layers beyond those of the stored names, before anything is made for each."""
+    numbers: dict[str, set[str]] = {}
+    for name in checkpoint.tensors:
+        if match := NUMBERED.match(name):
+            numbers.setdefault(match["stack"], set()).add(match["index"])
+    stored = max(map(len, numbers.values()), default=0)
+    for part in parts_of(checkpoint.config.to_dict()):
+        for key in (*DEPTHS, *OTHER_DEPTHS):
+            if isinstance(depth := part.get(key), int) and depth > max(stored, FEW):
+                yield (
+                    f"{checkpoint.name}: config.json says {key} {depth}, but the tensors are of "
+                    f"{stored} layers at most"
+                )
 
 
 def find_layers(checkpoint: Checkpoint) -> Layers:

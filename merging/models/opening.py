@@ -60,6 +60,7 @@ def open_models(
 
     from merging.models.adapters import adapted
     from merging.models.checkpoints import Checkpoint, read_config, size_problems
+    from merging.models.layers import depth_problems
     from merging.models.weight_files import read_folder
 
     if not arguments.verbose:  # their advice is about loading models to run, which nobody does here
@@ -80,6 +81,7 @@ def open_models(
         with collecting(problems):
             fetch_weights(split_adapter(name)[0], folder, arguments.cache_dir)
             model = Checkpoint(name, folder, configs[name], read_folder(name, folder))
+            refuse(depth_problems(model))
             models[name] = model if adapter is None else adapted(model, adapter, trust)
     if len(models) < len(found):
         refuse(problems)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from merging.models.checkpoints import Checkpoint, layer_attributes, of_layers, text_config
-from merging.models.layers import DEPTHS
+from merging.models.folders import DEPTHS
 from merging.plans.layouts import AS_IT_IS, Layout, chosen_layers
 from merging.problems import Problems, cause, refuse, some
 from merging.recipes.recipe import Recipe
