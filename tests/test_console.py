@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,37 @@ def test_a_model_whose_path_nobody_reads_is_a_success(make: Make, tmp_path: Path
     assert stored(tmp_path / "out")
 
 
-def test_a_device_without_memory_is_an_error_of_the_user(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def raising(error: Exception) -> Callable[[object], None]:
     def work(argv: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
-    assert run(work, []) == 2
-    assert capsys.readouterr().err.startswith("error: out of memory: CUDA out of memory")
+    return work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4000000000000000 bytes. Error code 12"
+        ),
+        RuntimeError("unable to mmap 5000000 bytes from file </x>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError("CUDA error: no room"),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_an_error_of_the_user(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(error), []) == 2
+    assert capsys.readouterr().err == f"error: out of memory: {error}\n"
+
+
+def test_the_allocators_of_this_torch_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda argv: torch.empty(10**15) and None, []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: ")
 
 
 def test_no_cuda_is_a_clear_error(
@@ -104,6 +128,40 @@ def test_a_defect_shows_its_traceback(
     printed = capsys.readouterr()
     assert "error:" not in printed.err and printed.out == ""
     assert not output.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'x' from 'merging.plans'", name="merging.plans"),
+        ImportError("cannot import name 'x' from 'merge_methods'", name="merge_methods"),
+        ImportError("cannot import name 'x' from 'json'", name="json"),
+        RuntimeError("the schedule cannot allocate memory cells"),
+        ValueError("a vocabulary out of memory"),
+    ],
+    ids=str,
+)
+def test_what_only_sounds_mendable_shows_its_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        run(raising(error), [])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'x' from 'torch'", name="torch.nn"),
+        ImportError("LlamaTokenizer requires the protobuf library"),
+    ],
+    ids=str,
+)
+def test_other_peoples_modules_can_be_installed(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(error), []) == 2
+    assert capsys.readouterr().err.endswith("pip install -r requirements.txt\n")
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "safetensors", "yaml"])

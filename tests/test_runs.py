@@ -196,11 +196,7 @@ def test_written_files_have_the_usual_permissions(make: Make, output: Path) -> N
 
 @pytest.mark.parametrize("damage", ["drop", "shape", "config"])
 def test_an_output_that_differs_from_its_plan_is_not_kept(
-    damage: str,
-    make: Make,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    damage: str, make: Make, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = writing.verify
 
@@ -217,12 +213,37 @@ def test_an_output_that_differs_from_its_plan_is_not_kept(
         verify(folder, plan)
 
     monkeypatch.setattr(writing, "verify", damaged)
-    assert linear(output, make("llama", 1)) == 2
     expected = {
         "drop": "the output differs from the plan in model.norm.weight",
         "shape": "the output differs from the plan in model.norm.weight",
         "config": "misses model.layers.6",
     }
+    with pytest.raises(AssertionError, match=expected[damage]):  # a defect: the plan was tried
+        linear(output, make("llama", 1))
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_an_output_that_the_disk_has_not_kept_is_an_error_of_the_disk(
+    damage: str,
+    make: Make,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verify = writing.verify
+
+    def damaged(folder: Path, plan: Plan) -> None:
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        file.unlink()
+        if damage == "cut":
+            file.write_bytes(content[:1000])
+        verify(folder, plan)
+
+    monkeypatch.setattr(writing, "verify", damaged)
+    assert linear(output, make("llama", 1)) == 2
+    expected = {"cut": "not a whole safetensors file", "gone": "no weights"}
     assert expected[damage] in capsys.readouterr().err
     assert not output.parent.exists()
 

@@ -15,6 +15,12 @@ from merging.problems import Problems, explain, first_line, printable
 from merging.runs.staging import STOP_SIGNALS
 
 MOST_LINES, LONGEST = 30, 3000  # of a message; the latter in characters
+OURS = {"merging", "merge_methods", "main", "bakllama"}  # modules that no installation mends
+# What torch says in a RuntimeError when the host or a device has no memory.
+NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: |^unable to mmap .*Cannot allocate memory|CUDA error: out of memory"
+    r"|_STATUS_ALLOC_FAILED"
+)
 
 
 class Talk:
@@ -133,8 +139,18 @@ def mendable(error: BaseException) -> str | None:
     """Return the message of an error that a user can mend; None of a defect."""
     if isinstance(error, Problems | OSError):
         return explain(error)
-    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):
+    if _is_of_memory(error):
         return f"out of memory: {first_line(error)}"
     if isinstance(error, ImportError):
-        return f"{error}; install what is needed with: pip install -r requirements.txt"
+        module = (error.name or "").partition(".")[0]
+        if module not in OURS | sys.stdlib_module_names:
+            return f"{error}; install what is needed with: pip install -r requirements.txt"
     return None
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, as Python or torch says."""
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, MemoryError | of_torch):
+        return True
+    return isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
