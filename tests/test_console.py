@@ -50,6 +50,14 @@ def test_the_output_path_alone_is_on_stdout(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("given", ["0", "4097", "two", "1.5", "", "-1", "9" * 5000])
+def test_a_bad_number_of_threads(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["out", "--threads=" + given])
+    expected = f"--threads: expected a whole number from 1 to 4096, got {given!r}\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main.main(["--version"])

@@ -46,7 +46,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     flag("--overwrite", "replace a model in the output directory, once the new one is whole")
     group.add_argument(
         "--threads",
-        type=_positive,
+        type=_threads,
         metavar="N",
         help="processors to compute on (default: all that this process may use)",
     )
@@ -86,10 +86,12 @@ def command(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
 
 
-def _positive(text: str) -> int:
-    value = int(text)
+def _threads(text: str) -> int:
+    value = int(text) if re.fullmatch(r"\s*\d{1,9}\s*", text) else 0
     if not 1 <= value <= MOST_THREADS:
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 to {MOST_THREADS}, got {text!r}"
+        )
     return value
 
 
