@@ -42,9 +42,9 @@ def test_the_output_path_alone_is_on_stdout(
         assert main.main([*arguments, *options]) == 0
         printed = capsys.readouterr()
         assert printed.out == f"{output}\n"
-        assert ("model.norm.weight [32] bfloat16: merged, " in printed.err) == (
-            "--verbose" in options
-        )
+        assert (
+            "model.norm.weight [32] bfloat16: ties(weights=[1], densities=[0.33], " in (printed.err)
+        ) == ("--verbose" in options)
         assert bool(printed.err) == ("--quiet" not in options)
     assert main.main(arguments) == 2
     assert capsys.readouterr().out == ""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, fails, loads_clean, stored, ties_command
+from helpers import Make, fails, loads_clean, stack_file, stored, ties_command
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 
+import bakllama
 import main
 
 # Of each architecture: how a layer's names start, what comes before the layers, and the words that
@@ -142,6 +143,24 @@ def test_a_dry_run_prints_the_plan(
     ):
         assert part in text
     assert not output.exists()
+
+
+def test_verbose_prints_each_tensors_method_and_numbers(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = str(make("llama", 1)), str(make("llama", 2))
+    arguments = [str(output), "--method", "slerp", "--base-model", a, "--merge", b]
+    options = ["--weight", "0,1", "--dry-run", "--verbose"]
+    assert main.main([*arguments, *options]) == 0
+    name = "model.layers.4.mlp.up_proj.weight"
+    line = f"{name} [48, 32] bfloat16: slerp(t=0.8), {a}: {name}, {b}: {name}\n"
+    assert line in capsys.readouterr().err
+    slices = f"{{model: {a}, start: 0, end: 1, scale: 0.3}}, {{model: {b}, start: 4, end: 5}}"
+    config = stack_file(tmp_path, f"layer_slices: [{slices}]")
+    assert bakllama.main([config, str(output), "--dry-run", "--verbose"]) == 0
+    text, part = capsys.readouterr().err, "mlp.up_proj.weight [48, 32] bfloat16:"
+    assert f"layers.0.{part} passthrough(scale=0.3), {a}: model.layers.0.mlp.up_proj" in text
+    assert f"layers.1.{part} copied, {b}: {name}\n" in text
 
 
 def test_other_meanings_of_the_same_tensors_are_warned_about(

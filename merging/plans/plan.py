@@ -29,8 +29,23 @@ class PlannedTensor:
         return "copied" if self.method is None else self.method.done
 
     @property
+    def call(self) -> str:
+        """The method and its numbers, as text."""
+        if self.method is None:
+            return self.how
+        given = [f"{name}={_compact(value)}" for name, value in self.arguments.items()]
+        return f"{self.method.name}({', '.join(given)})"
+
+    @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _compact(value: object) -> str:
+    """Return a number of a method as short text, or several of them."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_compact, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dt
 def lines(plan: Plan) -> str:
     """Return how each tensor is made, one a line."""
     return "\n".join(
-        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {tensor.how}, "
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {tensor.call}, "
         + ", ".join(source.label for source in tensor.sources)
         for name, tensor in plan.tensors.items()
     )
