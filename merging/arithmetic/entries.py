@@ -51,6 +51,15 @@ def magnitudes(
     return Entries(base.numel(), dtype, to, of)
 
 
+def in_float32(entries: Entries) -> Entries:
+    """Return the same numbers, rounded."""
+    if entries.work == torch.float32:
+        return entries
+    return entries._replace(
+        work=torch.float32, of=lambda part, scratch: entries.of(part, scratch).float()
+    )
+
+
 def variances(base: Tensor, tensors: Sequence[Tensor], device: torch.device) -> Entries:
     """Return the variance of the tensors' changes, entry by entry, in float64."""
     flat = [t.reshape(-1) for t in (base, *tensors)]

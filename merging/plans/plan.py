@@ -57,6 +57,7 @@ class Plan:
     model: PreTrainedModel  # of the output's class and config, without values
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of it
+    trims_models: bool = False  # as a whole, by thresholds that are found before merging
 
     @property
     def parameters(self) -> int:

@@ -69,7 +69,12 @@ def plan_model(
     notes += _gradients(recipe, layout)
     configs = {name: checkpoint.config for name, checkpoint in models.items()}
     notes[:0] = meaning_warnings(configs, donor.name, followed)
-    return Plan(donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes))
+    trims_models = recipe.values.get("trim_scope") == "model"
+    if trims_models:
+        notes.append("note: changes are trimmed over whole models, so all inputs are read thrice")
+    return Plan(
+        donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes), trims_models
+    )
 
 
 def _planned(

@@ -5,10 +5,11 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 import merge_methods
 from merging.plans.plan import Plan, PlannedTensor
 from merging.problems import Problems
+
+Result = TypeVar("Result")
 
 AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written; more for many workers
 WORKERS = 32  # threads that compute tensors, at most: each takes about 10 MB
@@ -53,9 +56,7 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
 
     Raises Problems if a value is not finite, with the name of its source.
     """
-    for source in planned.sources:
-        source.check()
-    tensors = [source.read() for source in planned.sources]
+    tensors = read_sources(planned)
     try:
         result = _combined(planned, tensors, device)
     except merge_methods.Undefined as error:
@@ -65,6 +66,13 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
     if result is None:
         raise Problems(_blame(name, planned, tensors))
     return result
+
+
+def read_sources(planned: PlannedTensor) -> list[Tensor]:
+    """Read the sources of a planned tensor; Problems if a file of one has changed."""
+    for source in planned.sources:
+        source.check()
+    return [source.read() for source in planned.sources]
 
 
 def _combined(planned: PlannedTensor, tensors: list[Tensor], device: torch.device) -> Tensor | None:
@@ -140,30 +148,41 @@ def choose_device(cuda: bool) -> torch.device:
 
 @contextmanager
 def computed(
-    plan: Plan, names: Iterable[str], device: torch.device, threads: int
-) -> Iterator[Iterator[Tensor]]:
-    """Give the tensors of a plan in the order of the names, computed ahead by `threads`."""
+    plan: Plan,
+    names: Iterable[str],
+    task: Callable[[str, PlannedTensor], Result],
+    device: torch.device,
+    threads: int,
+) -> Iterator[Iterator[Result]]:
+    """Give what a task makes of the tensors of a plan, in the order of the names.
+
+    It is computed ahead by `threads`; it takes no more memory than the tensor.
+    """
     count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))  # which torch uses for the work of each
     pool = ThreadPoolExecutor(count)
     try:
-        yield _in_order(plan, names, device, pool, max(AHEAD, AHEAD // 8 * count))
+        yield _in_order(plan, names, task, pool, max(AHEAD, AHEAD // 8 * count))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
 def _in_order(
-    plan: Plan, names: Iterable[str], device: torch.device, pool: ThreadPoolExecutor, limit: int
-) -> Iterator[Tensor]:
-    """Yield tensors computed by a pool.
+    plan: Plan,
+    names: Iterable[str],
+    task: Callable[[str, PlannedTensor], Result],
+    pool: ThreadPoolExecutor,
+    limit: int,
+) -> Iterator[Result]:
+    """Yield what is computed by a pool.
 
     No more than `limit` bytes of results, or one tensor, wait to be taken; the sources of those
     under way are read from the disk meanwhile.
     """
     waiting = deque(names)
-    pending: deque[tuple[int, Future[Tensor]]] = deque()
+    pending: deque[tuple[int, Future[Result]]] = deque()
     held = 0
     while waiting or pending:
         while waiting and (not pending or held + plan.tensors[waiting[0]].nbytes <= limit):
@@ -174,7 +193,7 @@ def _in_order(
                 source.check()
                 for part in source.stored():
                     _read_ahead(part.read())
-            pending.append((planned.nbytes, pool.submit(compute, name, planned, device)))
+            pending.append((planned.nbytes, pool.submit(task, name, planned)))
         size, future = pending.popleft()
         yield future.result()
         held -= size

@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from merging.models.structure import assemble
 from merging.models.weight_files import SAFETENSORS_DTYPES, read_folder
 from merging.plans.plan import Plan
 from merging.problems import reading, refuse, some
-from merging.runs.computing import available_processors, computed
+from merging.runs.computing import available_processors, compute, computed
 from merging.runs.console import say
 from merging.runs.direct import DirectFile
 from merging.runs.outputs import overwrite_problems
 from merging.runs.staging import staged
+from merging.runs.thresholds import with_thresholds
 
 Shards = Mapping[str, Sequence[str]]  # the names of the tensors in each file, in its order
 
@@ -65,12 +67,13 @@ def save(
     """
     names = [name for shard in shards.values() for name in shard]
     threads = arguments.threads or available_processors()
+    plan = with_thresholds(plan, device, threads, show_progress)
     check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
     with staged(output, overwrite=arguments.overwrite, tell=say, check=check) as folder:
         with reading(plan.donor, "its config or generation config cannot be saved"):
             plan.model.save_pretrained(folder, state_dict={})
         with (
-            computed(plan, names, device, threads) as tensors,
+            computed(plan, names, partial(compute, device=device), device, threads) as tensors,
             tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
             for file, shard in shards.items():
