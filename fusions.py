@@ -56,7 +56,7 @@ def sce(
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
         select(deltas)
-        signs, _ = elected_signs(deltas, [1.0] * len(deltas), False, scratch)
+        signs = elected_signs(deltas, [1.0] * len(deltas), False, scratch)
         return disjoint_sum(deltas, weights, signs, True, scratch)
 
     work = torch.float64  # in which variances that are 0 are 0

@@ -65,7 +65,8 @@ def ties(
         torch.hardshrink(delta, limits[t], out=delta)
 
     elect = election(weights, normalize, naive_count)
-    return combined(base, tensors, trim, elect, lambda_, dtype, device, keeps_largest=True)
+    keeps = not naive_count  # where an infinity has one vote, it can lose
+    return combined(base, tensors, trim, elect, lambda_, dtype, device, keeps_infinities=keeps)
 
 
 @torch.no_grad()

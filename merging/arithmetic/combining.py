@@ -30,15 +30,15 @@ def combined(
     *,
     whole_rows: bool = False,
     work: torch.dtype | None = None,
-    keeps_largest: bool = False,
+    keeps_infinities: bool = False,
 ) -> Tensor:
     """Return base + lambda combine(sparsify(delta_t)), rounded once.
 
-    Unless `sparsify` always keeps the largest entries, infinities and NaN are seen to before it.
+    Where NaN and infinities might be dropped on the way, they are looked for before.
     """
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
-        nothing = [] if keeps_largest else [_zero_if_finite(delta) for delta in deltas]
+        nothing = [] if keeps_infinities else [_zero_if_finite(delta) for delta in deltas]
         for t, delta in enumerate(deltas):
             sparsify(t, delta, part, scratch)
         merged = combine(deltas, scratch)
@@ -71,9 +71,8 @@ def election(weights: Sequence[float], normalize: bool, naive_count: bool = Fals
     scaled = _in_range(weights, normalize)
 
     def elect(deltas: list[Tensor], scratch: Scratch) -> Tensor:
-        signs, votes = elected_signs(deltas, scaled, naive_count, scratch)
-        merged = disjoint_sum(deltas, scaled, signs, normalize, scratch)
-        return merged.add_(votes.mul_(0)) if naive_count else merged  # for NaN to be seen
+        signs = elected_signs(deltas, scaled, naive_count, scratch)
+        return disjoint_sum(deltas, scaled, signs, normalize, scratch)
 
     return elect
 

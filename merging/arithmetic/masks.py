@@ -94,27 +94,21 @@ def keep_by_rank(
     From density - epsilon for the smallest magnitude of a row to density + epsilon for the largest,
     evenly; of equal magnitudes, later ones are larger. The only one of a row has `density`.
     """
-    smallest, step = density, 0.0
+    by_rank = torch.arange(row_length, dtype=torch.float64, device=delta.device)
     if row_length > 1:
-        smallest, step = density - epsilon, 2 * epsilon / (row_length - 1)
-    ranks = _ranks(delta.view(-1, row_length), scratch).view(-1)
-    probabilities = scratch("probabilities", torch.float64, len(delta))
-    probabilities.copy_(ranks).mul_(step).add_(smallest)
-    limits = scratch("limits", torch.int32, len(delta))
-    scaled = scratch("scaled", torch.float64, len(delta))
-    limits.copy_(torch.mul(probabilities, RANGE, out=scaled).round_().clamp_(max=RANGE - 1))
-    _keep_below(delta, random_numbers(key, part, scratch), limits)
+        by_rank.mul_(2 * epsilon / (row_length - 1)).add_(density - epsilon)
+    else:
+        by_rank.fill_(density)
+    rows = delta.view(-1, row_length)
+    order = _order(rows, scratch)
+    limits = scratch("limits", torch.int32, len(delta)).view(rows.shape)
+    limits_by_rank = by_rank.mul(RANGE).round_().clamp_(max=RANGE - 1).to(torch.int32)
+    limits.scatter_(1, order, limits_by_rank.expand(rows.shape))
+    _keep_below(delta, random_numbers(key, part, scratch), limits.view(-1))
     if rescale:
-        delta.div_(probabilities)
-
-
-def _ranks(rows: Tensor, scratch: Scratch) -> Tensor:
-    """Return the rank of each entry's magnitude in its row, from 0, the smallest."""
-    length = rows.numel()
-    ranks = scratch("ranks", torch.int32, length).view(rows.shape)
-    numbers = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
-    ranks.scatter_(1, _order(rows, scratch), numbers.expand(rows.shape))
-    return ranks
+        factors = scratch("factors", delta.dtype, len(delta)).view(rows.shape)
+        factors_by_rank = by_rank.reciprocal_().to(delta.dtype)
+        rows.mul_(factors.scatter_(1, order, factors_by_rank.expand(rows.shape)))
 
 
 def _order(rows: Tensor, scratch: Scratch) -> Tensor:

@@ -6,6 +6,7 @@ positive and what has the other negative, and back again, as a product with 1 or
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,23 +15,51 @@ from merging.arithmetic.chunks import BITS, Scratch
 
 def elected_signs(
     deltas: Sequence[Tensor], weights: Sequence[float], naive_count: bool, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Return the sign bits of sum_t w_t delta_t, or with `naive_count` of sum_t sign(w_t delta_t).
 
-    Zero counts as +. And the sums: in float64, as float32 could turn a tie into a vote.
+    Zero counts as +. The sums are in float64, as float32 could turn a tie into a vote.
     """
     work, length = deltas[0].dtype, len(deltas[0])
+    on_cpu = deltas[0].device.type == "cpu"
+    if len(deltas) == 2 and work == torch.float32 and on_cpu and not naive_count:
+        if weights[0] > 0 and 1e-6 < weights[1] / weights[0] < 1e6:
+            return _signs_of_two(deltas, weights, scratch)
     votes = scratch("votes", torch.float64, length)
     for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         vote = scratch("ballot", torch.float64, length) if i else votes
         vote.copy_(delta).mul_(weight)
         if naive_count:
-            vote.copy_(torch.sign(vote) + vote * 0)  # an infinity has no vote, and becomes NaN
+            torch.sign(vote, out=vote)
         if i:
             votes.add_(vote)
-    sign_bit = torch.iinfo(BITS[work]).min
-    signs = scratch("signs", work, length).copy_(votes).view(BITS[work]).bitwise_and_(sign_bit)
-    return signs, votes
+    return _sign_bits(scratch("signs", work, length).copy_(votes))
+
+
+def _sign_bits(values: Tensor) -> Tensor:
+    """Make sign bits of floats, in their place."""
+    bits = BITS[values.dtype]
+    return values.view(bits).bitwise_and_(torch.iinfo(bits).min)
+
+
+def _signs_of_two(deltas: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:
+    """Return the same of two float32 deltas, in float32 where that is certain.
+
+    Its delta_1 + (w_2 / w_1) delta_2 has the right sign, unless both cancel but for some last bits.
+    """
+    a, b = deltas
+    total, size, doubtful = (scratch(name, a.dtype, len(a)) for name in ("sum", "size", "doubtful"))
+    torch.add(a, b, alpha=weights[1] / weights[0], out=total)
+    if weights[0] != weights[1]:
+        torch.abs(total, out=size)
+        torch.mul(a, 2.0**-21, out=doubtful).abs_()
+        places = np.flatnonzero(size.numpy() < doubtful.numpy())  # as torch compares slowly
+        if len(places):
+            votes = [
+                d.numpy()[places] * np.float64(w) for d, w in zip(deltas, weights, strict=True)
+            ]
+            total.numpy()[places] = votes[0] + votes[1]
+    return _sign_bits(total)
 
 
 def disjoint_sum(
@@ -46,6 +75,8 @@ def disjoint_sum(
     has the sign.
     """
     work, length = deltas[0].dtype, len(deltas[0])
+    if len(deltas) == 2 and normalize and work == torch.float32 and min(weights) > 0:
+        return _disjoint_mean_of_two(deltas, weights, signs, scratch)
     weight_sum, term = (scratch(name, work, length) for name in ("weight sum", "term"))
     for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         delta.mul_(weight).view(BITS[work]).bitwise_xor_(signs)
@@ -61,4 +92,25 @@ def disjoint_sum(
         # Where none agrees, 0 divided by anything.
         merged.div_(weight_sum.clamp_min_(max(smallest, torch.finfo(work).tiny)))
     merged.view(BITS[work]).bitwise_xor_(signs)
+    return merged
+
+
+def _disjoint_mean_of_two(
+    deltas: Sequence[Tensor], weights: Sequence[float], signs: Tensor, scratch: Scratch
+) -> Tensor:
+    """Return the same of two deltas whose weights are positive: one of them, or their mean.
+
+    With shares p and q of the weights, p a + q b where both have the sign, else a + b, of which one
+    is zero: a + b - [both] (q a + p b).
+    """
+    for delta in deltas:
+        delta.view(BITS[delta.dtype]).bitwise_xor_(signs)
+        delta.relu_()
+    a, b = deltas
+    p, q = (weight / sum(weights) for weight in weights)
+    both, other = (scratch(name, a.dtype, len(a)) for name in ("both", "other part"))
+    torch.sign(torch.minimum(a, b, out=both), out=both)
+    torch.mul(a, q, out=other).add_(b, alpha=p).mul_(both)
+    merged = a.add_(b).sub_(other)
+    merged.view(BITS[merged.dtype]).bitwise_xor_(signs)
     return merged
