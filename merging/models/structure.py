@@ -129,6 +129,10 @@ def _main_dtype(tensors: Mapping[str, Shaped]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
+def _shapes(tensors: Mapping[str, Shaped]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 class Structure:
     """What the class of a checkpoint makes of stored tensors; Problems if they do not fit it."""
 
@@ -142,6 +146,7 @@ class Structure:
         self._modules = dict(self.model.named_modules())
         self.ties = self._possible_ties(checkpoint.tensors)
         self._wanted = checkpoint.tensors.keys() | self.ties.keys() | set(self.ties.values())
+        self._own_shapes = _shapes(checkpoint.tensors)
         self._tied: dict[Checkpoint, frozenset[str]] = {}
 
     # ------------------------------------------------------------------------ names
@@ -165,6 +170,14 @@ class Structure:
             return name if renamed not in own and name in own else renamed
 
         return {name: rename(name) for name in stored}
+
+    def assembled(
+        self, makers: str, config: PretrainedConfig, tensors: Mapping[str, Shaped]
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Return a model of the class, of other tensors and another config perhaps, as assemble."""
+        if config is self.config and _shapes(tensors) == self._own_shapes:
+            return self.model, []
+        return assemble(makers, self.cls, config, tensors)
 
     def module_of(self, parameter: str) -> nn.Module | None:
         """Return the module that has a parameter."""

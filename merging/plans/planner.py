@@ -60,7 +60,7 @@ def plan_model(
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config, followed = _config(recipe, models, structure, layout)
     makers = ", ".join(models) if recipe.is_stack else donor.name
-    model, problems = assemble(makers, structure.cls, config, tensors)
+    model, problems = structure.assembled(makers, config, tensors)
     if recipe.is_stack and problems:
         refuse(odd_parts(structure, model, tensors, layout.path))
     refuse(problems)

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BUFFER = 1 << 22  # bytes; written when full
 ALIGNMENT = 4096  # of addresses, positions and sizes in direct writes
 
@@ -29,15 +31,18 @@ class DirectFile:
             path.unlink(missing_ok=True)
             self._direct = 0
             self._descriptor = os.open(path, flags, 0o666)
-        self._buffer = memoryview(mmap.mmap(-1, BUFFER))  # memory maps start at a page
+        self._memory = mmap.mmap(-1, BUFFER)  # which starts at a page
+        self._buffer = memoryview(self._memory)
+        self._bytes = np.frombuffer(self._memory, np.uint8)
         self._filled = 0
 
     def write(self, content: Any) -> None:
         """Append the bytes of an object that has the buffer protocol."""
-        rest = memoryview(content)
-        while rest:
+        rest = np.frombuffer(content, np.uint8) if len(content) else np.empty(0, np.uint8)
+        while len(rest):
             size = min(len(rest), BUFFER - self._filled)
-            self._buffer[self._filled : self._filled + size] = rest[:size]
+            # By numpy, which lets other threads run meanwhile.
+            np.copyto(self._bytes[self._filled : self._filled + size], rest[:size])
             self._filled += size
             rest = rest[size:]
             if self._filled == BUFFER:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from merging.models.folders import files_of_a_model, links_left_out, read_json
 from merging.models.opening import Found, find_models, open_models
+from merging.models.reading_ahead import read_ahead
 from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table
@@ -45,6 +46,8 @@ def make(
     if not problems:
         say(table(recipe), quiet)
     found = _find(recipe, arguments, problems, other_inputs)
+    if not arguments.dry_run:
+        read_ahead(pair.folder for pair in found.values())
 
     # These load torch and transformers, which takes seconds; what is above does not wait for it.
     from merging.plans.plan import gigabytes, lines, summary
