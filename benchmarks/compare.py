@@ -6,10 +6,12 @@ The floor imports torch and transformers, reads every page of the inputs, and wr
 Each round runs every program once, so that a machine whose speed drifts is fair to all; ratios are
 of one round, and the table has their medians. Mergekit needs an environment of its own:
 `python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit==0.1.5`. `--cold` drops the inputs
-from the page cache before each run.
+from the page cache before each run. A job has the name of its method (`--jobs dare_ties della`), or
+is a `stack`; `--size tiny --rounds 1` shows in a few minutes that all of them start.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -42,24 +44,71 @@ class Run(NamedTuple):
     gigabytes: float  # peak resident memory, mapped files included
 
 
-def mergekit_config(job: str, folder: Path) -> str:
-    base, a, b = (folder / name for name in ("base", "a", "b"))
-    both = f"models: [{{model: {a}, parameters: {{weight: 0.5, density: 0.5}}}}, "
-    both += f"{{model: {b}, parameters: {{weight: 0.3, density: 0.5}}}}]\ndtype: bfloat16\n"
-    return {
-        "linear": f"merge_method: linear\n{both}",
-        "ties": f"merge_method: ties\nbase_model: {base}\n{both}",
-        "slerp": f"merge_method: slerp\nbase_model: {a}\nparameters: {{t: 0.5}}\n"
-        f"models: [{{model: {a}}}, {{model: {b}}}]\ndtype: bfloat16\n",
-        "stack": "merge_method: passthrough\ndtype: bfloat16\nslices:\n"
-        f"  - sources: [{{model: {a}, layer_range: [0, DEPTH16]}}]\n"
-        f"  - sources: [{{model: {b}, layer_range: [DEPTH6, DEPTH22]}}]\n",
-    }[job]
+class Job(NamedTuple):
+    """A merge, in the words of both programs."""
+
+    method: str
+    takes_base: bool = True
+    weights: tuple[float, ...] = (0.5, 0.3)  # of a and b; none: the method has no use for them
+    numbers: dict[str, float] = {}  # of each model
+    shared: dict[str, float] = {}  # of all models, as mergekit calls them
+
+    def ours(self, base: str, models: list[str]) -> list[str]:
+        """Return the command of main.py, without the output."""
+        words = ["--method", self.method] + ["--base-model", base] * self.takes_base
+        for i, model in enumerate(models):
+            words += ["--merge", model]
+            words += ["--weight", str(self.weights[i])] if self.weights else []
+        for name, value in (self.numbers | self.shared).items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+    def mergekits(self, base: str, models: list[str]) -> str:
+        """Return the same as YAML, which is JSON too."""
+        rows = []
+        for i, model in enumerate(models):
+            weight = {"weight": self.weights[i]} if self.weights else {}
+            rows.append({"model": model, "parameters": weight | self.numbers})
+        origin = {"base_model": base} if self.takes_base else {}
+        config = {"merge_method": self.method, "models": rows, "parameters": self.shared}
+        return json.dumps(config | origin | {"dtype": "bfloat16"})
 
 
-def commands(job: str, size: str, folder: Path, mergekit: str | None) -> dict[str, list[str]]:
-    """Return the command of each program for a job; {out} stands for the output."""
+JOBS = {
+    job.method: job
+    for job in (
+        Job("linear", takes_base=False),
+        Job("task_arithmetic"),
+        Job("nuslerp"),
+        Job("multislerp"),
+        Job("karcher", takes_base=False, weights=()),
+        Job("model_stock", weights=()),
+        Job("ties", numbers={"density": 0.5}),
+        Job("dare_ties", numbers={"density": 0.5}),
+        Job("della", numbers={"density": 0.5, "epsilon": 0.15}),
+        Job("breadcrumbs_ties", numbers={"density": 0.5, "gamma": 0.01}),
+        Job("sce", weights=(), shared={"select_topk": 0.5}),
+    )
+}
+
+
+def merge_commands(job: str, folder: Path, mergekit: str | None) -> dict[str, list[str]]:
+    """Return the commands of a job that merges whole models."""
     base, a, b = (str(folder / name) for name in ("base", "a", "b"))
+    if job == "slerp":
+        words = ["--method", "slerp", "--base-model", a, "--merge", b, "--weight", "0.5"]
+        models = f"[{{model: {a}}}, {{model: {b}}}]"
+        text = f"merge_method: slerp\nbase_model: {a}\nparameters: {{t: 0.5}}\nmodels: {models}\n"
+        text += "dtype: bfloat16\n"
+    else:
+        words, text = JOBS[job].ours(base, [a, b]), JOBS[job].mergekits(base, [a, b])
+    inputs = [a, b, base] if job != "slerp" and JOBS[job].takes_base else [a, b]
+    return _programs([str(ROOT / "main.py"), "{out}", *words], inputs, text, folder, job, mergekit)
+
+
+def stack_commands(size: str, folder: Path, mergekit: str | None) -> dict[str, list[str]]:
+    """Return the commands of a stack of layers of both models."""
+    a, b = (str(folder / name) for name in ("a", "b"))
     depth = SIZES[size].num_hidden_layers
     cut, skip = round(depth * 16 / 22), round(depth * 6 / 22)
     stack = folder / "stack.yml"
@@ -67,22 +116,23 @@ def commands(job: str, size: str, folder: Path, mergekit: str | None) -> dict[st
         f"layer_slices: [{{model: {a}, start: 0, end: {cut}}}, "
         f"{{model: {b}, start: {skip}, end: {depth}}}]\n"
     )
-    python, merges = sys.executable, ["--merge", a, "--weight", "0.5", "--merge", b, "--weight"]
-    script = str(ROOT / "main.py")
-    found = {
-        "linear": [python, script, "{out}", "--method", "linear", *merges, "0.3"],
-        "slerp": [python, script, "{out}", "--method", "slerp", "--base-model", a, "--merge", b]
-        + ["--weight", "0.5"],
-        "ties": [python, script, "{out}", "--base-model", base, *merges, "0.3", "--density", "0.5"],
-        "stack": [python, str(ROOT / "bakllama.py"), str(stack), "{out}"],
-    }
-    inputs = [a, b, base] if job == "ties" else [a, b]
-    programs = {"ours": found[job], "floor": [python, "-c", FLOOR, "{out}", *inputs]}
+    text = (
+        "merge_method: passthrough\ndtype: bfloat16\nslices:\n"
+        f"  - sources: [{{model: {a}, layer_range: [0, {cut}]}}]\n"
+        f"  - sources: [{{model: {b}, layer_range: [{skip}, {depth}]}}]\n"
+    )
+    ours = [str(ROOT / "bakllama.py"), str(stack), "{out}"]
+    return _programs(ours, [a, b], text, folder, "stack", mergekit)
+
+
+def _programs(
+    ours: list[str], inputs: list[str], text: str, folder: Path, job: str, mergekit: str | None
+) -> dict[str, list[str]]:
+    """Return the command of each program for a job; {out} stands for the output."""
+    python = sys.executable
+    programs = {"ours": [python, *ours], "floor": [python, "-c", FLOOR, "{out}", *inputs]}
     if mergekit:
         config = folder / f"mergekit-{job}.yml"
-        text = mergekit_config(job, folder)
-        for marker, number in (("DEPTH16", cut), ("DEPTH6", skip), ("DEPTH22", depth)):
-            text = text.replace(marker, str(number))
         config.write_text(text)
         programs["mergekit"] = [mergekit, str(config), "{out}"]
     return programs
@@ -107,7 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--folder", type=Path, default=Path("bench"))
-    parser.add_argument("--jobs", nargs="+", default=["linear", "slerp", "ties", "stack"])
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        choices=[*JOBS, "slerp", "stack"],
+        default=["linear", "slerp", "ties", "stack"],
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", help="path of mergekit-yaml")
     parser.add_argument("--cold", action="store_true")
@@ -119,7 +174,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|", flush=True)
     for job in arguments.jobs:
-        programs = commands(job, arguments.size, folder, arguments.mergekit)
+        if job == "stack":
+            programs = stack_commands(arguments.size, folder, arguments.mergekit)
+        else:
+            programs = merge_commands(job, folder, arguments.mergekit)
         runs: dict[str, list[Run]] = {name: [] for name in programs}
         for _ in range(arguments.rounds):
             for name, command in programs.items():

@@ -14,6 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Pretr
 
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 2048}
 SIZES: dict[str, PretrainedConfig] = {
+    "tiny": LlamaConfig(  # to see whether a benchmark starts
+        **(_LLAMA | {"vocab_size": 500}),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
     "0.1b": LlamaConfig(
         **_LLAMA,
         hidden_size=768,
