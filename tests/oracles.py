@@ -376,10 +376,12 @@ def ram_oracle(
     return _expected(base, lambda_ * change, doubtful, size, rounding)
 
 
-def nearswap_oracle(base: Tensor, tensor: Tensor, t: float, lambda_: float = 1.0) -> Tensor:
+def nearswap_oracle(base: Tensor, tensor: Tensor, t: float, lambda_: float = 1.0) -> Expected:
     (delta,) = changes(base, [tensor])
     limited = torch.where(delta > t, t, torch.where(delta < -t, -t, delta))
-    return base.double() + lambda_ * limited
+    sure = torch.zeros_like(delta, dtype=torch.bool)  # beside the limit, both are all but one
+    rounding = _rounding(base, [tensor])
+    return _expected(base, lambda_ * limited, sure, abs(lambda_) * limited.abs(), rounding)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
