@@ -7,18 +7,19 @@ base's. See merge_methods.py for what all functions have in common.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from merging.arithmetic.sums import Gram, cosine, gram_matrix, weighted_sum
-from merging.arithmetic.weights import Undefined, normalized
+from merging.arithmetic.weights import Undefined, check_one_each, normalized
 
 PARALLEL = 0.9995  # |cos| above which slerp interpolates linearly
 ALL_BUT_PARALLEL = 1e-6  # sine below which nuslerp interpolates linearly
 CANCELLED = 1e-6  # length of a mean of unit vectors that has no direction
-CONVERGED = 1e-13  # length of a step of karcher
+SETTLED = 1e-6  # length of a step of karcher below which only rounding makes one longer
 MOST_STEPS = 1000
 
 OPPOSITE = (
@@ -116,6 +117,7 @@ def nuslerp(
     """
     if len(tensors) != 2:
         raise ValueError(f"nuslerp needs two tensors, got {len(tensors)}")
+    check_one_each(tensors, weights)
     t = normalized(weights)[1]
 
     def coefficients(gram: Gram) -> list[float]:
@@ -187,7 +189,12 @@ def karcher(
 
 
 def _riemannian_mean(cosines: Gram, weights: Sequence[float], x: list[float]) -> list[float]:
-    """Return the coefficients of the Riemannian mean of unit vectors, from an x near to it."""
+    """Return the coefficients of the Riemannian mean of unit vectors, from an x near to it.
+
+    It is reached where steps no longer become shorter, or are as short as the coefficients' own
+    rounding.
+    """
+    size = math.inf
     for _ in range(MOST_STEPS):
         towards = [math.fsum(c * row[j] for j, c in enumerate(x)) for row in cosines]  # <x, u_t>
         angles = [math.acos(max(-1.0, min(1.0, cos))) for cos in towards]
@@ -197,13 +204,13 @@ def _riemannian_mean(cosines: Gram, weights: Sequence[float], x: list[float]) ->
         pulls = [w * scale for w, scale in zip(weights, scales, strict=True)]
         back = math.fsum(p * cos for p, cos in zip(pulls, towards, strict=True))
         step = [p - back * c for p, c in zip(pulls, x, strict=True)]
-        size = _length(cosines, step)
-        along = math.sin(size) / size if size else 1.0
+        last, size = size, _length(cosines, step)
+        if last <= size < SETTLED or size <= sys.float_info.epsilon * max(map(abs, x)):
+            return x
+        along = math.sin(size) / size
         moved = [math.cos(size) * c + along * s for c, s in zip(x, step, strict=True)]
         length = _length(cosines, moved)  # 1, but for rounding
-        before, x = x, [c / length for c in moved]
-        if max(abs(c - b) for c, b in zip(x, before, strict=True)) < CONVERGED:
-            return x
+        x = [c / length for c in moved]
     raise Undefined(OPPOSITE)
 
 
