@@ -326,11 +326,12 @@ def sce_oracle(
     deltas, rounding = changes(base, tensors), _rounding(base, tensors)
     doubtful = torch.zeros_like(deltas, dtype=torch.bool)
     if select_topk < 1:
-        variances = ((deltas - deltas.mean(0)) ** 2).mean(0)
+        # Or what they are proportional to: the squares of all differences of two changes.
+        variances = sum((a - b) ** 2 for a, b in itertools.combinations(deltas, 2))
         falling = sorted((v for v in variances.flatten().tolist() if v != 0), reverse=True)
         k = math.floor(select_topk * len(falling))
         least = falling[k - 1] if k else math.inf
-        beside = (variances - least).abs() <= 4 * rounding * (deltas**2).amax(0)
+        beside = (variances - least).abs() <= 4 * rounding * variances
         if (beside & (variances != least)).any():
             doubtful |= beside
         deltas = torch.where(variances >= least, deltas, 0)

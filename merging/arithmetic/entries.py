@@ -61,7 +61,7 @@ def in_float32(entries: Entries) -> Entries:
 
 
 def variances(base: Tensor, tensors: Sequence[Tensor], device: torch.device) -> Entries:
-    """Return the variance of the tensors' changes, entry by entry, in float64."""
+    """Return the variance of the tensors' changes times N^2, entry by entry, in float64."""
     flat = [t.reshape(-1) for t in (base, *tensors)]
 
     def of(part: slice, scratch: Scratch | None) -> Tensor:
@@ -72,13 +72,18 @@ def variances(base: Tensor, tensors: Sequence[Tensor], device: torch.device) -> 
 
 
 def variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Return the variance of deltas, entry by entry; 0 where all are equal, whatever they are."""
-    others = [delta - deltas[0] for delta in deltas[1:]]
-    mean = sum(others, torch.zeros_like(deltas[0])).div_(len(deltas))
-    total = mean.square()  # that of the first, whose distance from itself is 0
-    for other in others:
-        total.add_(other.sub_(mean).square_())
-    return total.div_(len(deltas))
+    """Return the variance of deltas times N^2, entry by entry; 0 where all are equal.
+
+    N sum_i x_i^2 - (sum_i x_i)^2, with x_i = delta_i - delta_1. As x_1 = 0 this is at least
+    sum_i x_i^2, so little cancels; and in float64 it is exact for changes of few digits, so that
+    the order of the models does not make equal variances unequal.
+    """
+    total, squares = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta in deltas[1:]:
+        other = delta - deltas[0]
+        total.add_(other)
+        squares.add_(other.square_())
+    return squares.mul_(len(deltas)).sub_(total.square_())
 
 
 def weighted_magnitudes(
