@@ -21,7 +21,7 @@ from merging.arithmetic.selection import (
     kth_largest,
     trim_threshold,
 )
-from merging.arithmetic.weights import check_range
+from merging.arithmetic.weights import check_one_each, check_range
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def dare_linear(
     in (0, 1], else 0, as a function of keys[t], an integer, and the entry's index alone. Over
     sum_t w_t when normalising; not divided by the density without `rescale`.
     """
-    drop = _dropping(densities, keys, rescale)
+    drop = _dropping(tensors, densities, keys, rescale)
     return combined(base, tensors, drop, addition(weights, normalize), lambda_, dtype, device)
 
 
@@ -111,11 +111,14 @@ def dare_ties(
 
     By the sign of their weighted sum; divided by the weights that agree when normalising.
     """
-    drop = _dropping(densities, keys, rescale)
+    drop = _dropping(tensors, densities, keys, rescale)
     return combined(base, tensors, drop, election(weights, normalize), lambda_, dtype, device)
 
 
-def _dropping(densities: Sequence[float], keys: Sequence[int], rescale: bool) -> Sparsify:
+def _dropping(
+    tensors: Sequence[Tensor], densities: Sequence[float], keys: Sequence[int], rescale: bool
+) -> Sparsify:
+    check_one_each(tensors, densities, keys)
     check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
 
     def drop(t: int, delta: Tensor, part: slice, scratch: Scratch) -> None:
@@ -147,7 +150,7 @@ def della_linear(
     unless not to `rescale`. Of equal magnitudes the later one has the higher rank. Whether an entry
     is kept is a function of keys[t], its index and its p alone. Over sum_t w_t when normalising.
     """
-    prune = _pruning(base, densities, epsilons, keys, rescale)
+    prune = _pruning(tensors, densities, epsilons, keys, rescale)
     add = addition(weights, normalize)
     return combined(base, tensors, prune, add, lambda_, dtype, device, whole_rows=True)
 
@@ -172,25 +175,27 @@ def della(
     By the sign of their weighted sum; divided by the weights that agree when normalising
     (arXiv 2406.11617).
     """
-    prune = _pruning(base, densities, epsilons, keys, rescale)
+    prune = _pruning(tensors, densities, epsilons, keys, rescale)
     elect = election(weights, normalize)
     return combined(base, tensors, prune, elect, lambda_, dtype, device, whole_rows=True)
 
 
 def _pruning(
-    base: Tensor,
+    tensors: Sequence[Tensor],
     densities: Sequence[float],
     epsilons: Sequence[float],
     keys: Sequence[int],
     rescale: bool,
 ) -> Sparsify:
+    check_one_each(tensors, densities, epsilons, keys)
+    check_range(epsilons, "epsilons of at least 0", lambda epsilon: epsilon >= 0)
     for density, epsilon in zip(densities, epsilons, strict=True):
-        if not 0 < density - abs(epsilon) <= density + abs(epsilon) < 1:
+        if not 0 < density - epsilon <= density + epsilon < 1:
             raise ValueError(
                 f"della needs density - epsilon and density + epsilon in (0, 1), got a density of "
                 f"{density} and an epsilon of {epsilon}"
             )
-    length = row_length(base)
+    length = row_length(tensors[0])
 
     def prune(t: int, delta: Tensor, part: slice, scratch: Scratch) -> None:
         keep_by_rank(delta, length, densities[t], epsilons[t], keys[t], part, rescale, scratch)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merge_methods import dare_linear, dare_ties, della, della_linear
 from merging.arithmetic import chunks
+from merging.arithmetic.masks import random_numbers
 
 MANY = 1 << 20
 FAR = 5.5  # standard deviations that chance does not reach, in all of these tests together
@@ -172,6 +173,22 @@ def test_a_mask_does_not_depend_on_what_it_is_of() -> None:
         found = dare_ties(base, [base, model, model], [1, 1, 0], [0.5, 0.4, 0.1], [1, 8, 2])
         assert torch.equal((found != base).flatten(), mask)
     assert torch.equal(kept(8, 0.4, 700), mask[:700])
+
+
+def test_indices_beyond_32_bits_have_numbers_of_their_own() -> None:
+    """As tensors of more entries have."""
+    edge, width = 1 << 32, 4_096
+
+    def numbers(start: int, stop: int) -> Tensor:
+        scratch = chunks.Scratch(stop - start, torch.device("cpu"))
+        return random_numbers(6, slice(start, stop), scratch).clone()
+
+    across = numbers(edge - width, edge + width)
+    assert torch.equal(across[:width], numbers(edge - width, edge))
+    assert torch.equal(across[width:], numbers(edge, edge + width))
+    assert torch.equal(across[100:-100], numbers(edge - width + 100, edge + width - 100))
+    for start in (0, 2 * edge):  # none repeats another
+        assert int((across[width:] == numbers(start, start + width)).sum()) < 3
 
 
 @pytest.mark.parametrize("shape", [(300_007,), (1_000, 301), (7, 43_000), (3, 100, 1_001)])

@@ -40,7 +40,7 @@ from merge_methods import (
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (2,), (7,), (301,), (13, 37), (5, 1), (3, 5, 17), (0,), (4, 0)]
-WEIGHTS = [0.7, 0.2, 1.3, 0.4, 0.6]
+WEIGHTS = [0.75, 0.25, 1.25, 0.5, 0.625]  # of which sums of few are exact
 DENSITIES = [0.5, 0.2, 0.8, 0.33, 0.7]
 EPSILONS = [0.15, 0.1, 0.05, 0.3, 0.2]
 GAMMAS = [0.01, 0.2, 0.05, 0.0, 0.3]
@@ -143,7 +143,7 @@ def swapped(t: float, lambda_: float) -> Case:
 
 
 RAMPLUS = partial(ram_oracle, r=0.1, alpha=0.2)
-CASES: dict[str, tuple[Case, int]] = {  # and how many models at most
+CASES: dict[str, tuple[Case, int]] = {  # and how many models at most; sce needs two
     "ties, lambda": (largest(ties, True, lambda_=0.7), 5),
     "breadcrumbs": (largest(breadcrumbs, False), 5),
     "breadcrumbs, normalized": (largest(breadcrumbs, False, normalize=True, lambda_=0.7), 5),
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Case, int]] = {  # and how many models at most
     "arcee_fusion, lambda": (fused(0.7), 1),
 }
 COUNTS = [(name, count) for name, (_, most) in CASES.items() for count in (1, 2, 3, 5)]
-COUNTS = [(name, count) for name, count in COUNTS if count <= CASES[name][1]]
+COUNTS = [(n, c) for n, c in COUNTS if c <= CASES[n][1] and (c > 1 or not n.startswith("sce"))]
 
 
 def steps(count: int, shape: Sequence[int], dtype: torch.dtype, seed: int = 3) -> list[Tensor]:
@@ -207,7 +207,7 @@ def test_agrees_with_the_oracle(
 def test_equal_magnitudes_are_treated_alike(name: str, count: int, dtype: torch.dtype) -> None:
     base, *models = steps(count, (23, 41), dtype)
     result, expected = CASES[name][0](base, models)
-    if not name.startswith("arcee"):
+    if not name.startswith(("arcee", "dare", "della")):
         assert not expected.doubtful.any()
     assert wrong(result, expected) == 0
 
@@ -430,11 +430,20 @@ def test_sce_weighs_models_by_their_mean_square() -> None:
     assert sce(base, [-a, -b]).tolist() == pytest.approx([-31 / 11, -1.0])
 
 
-def test_sce_of_one_model_is_that_model() -> None:
-    base = randoms(1, (100,), torch.float32)[0]
-    (model,) = finetunes(base, 1)
-    torch.testing.assert_close(sce(base, [model]), model)
-    assert torch.equal(sce(base, [model], select_topk=0.5), base)  # nothing varies
+def test_sce_keeps_equal_variances_whichever_models_they_are_of() -> None:
+    """Entries 2 and 3 have the changes of 0 and 1 in another order, and so their variances."""
+    deltas = torch.tensor(
+        [[0.1, 0.7, 0.3, 0.2, 0.0], [0.3, 0.2, 0.2, 0.9, 0.1], [0.2, 0.9, 0.1, 0.7, 0.0]]
+    ).bfloat16()
+    base = torch.zeros(5, dtype=torch.bfloat16)
+    for share, kept in ((0.2, [1, 3]), (0.6, [0, 1, 2, 3])):
+        merged = sce(base, list(deltas), select_topk=share)
+        assert merged.nonzero().flatten().tolist() == kept
+
+
+def test_sce_needs_two_models() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        sce(torch.zeros(3), [torch.ones(3)])
 
 
 def test_sce_of_an_exact_tie_of_votes_takes_plus() -> None:
@@ -610,3 +619,26 @@ def test_dense_breadcrumbs_is_task_arithmetic() -> None:
     models = finetunes(base, 3)
     found = breadcrumbs(base, models, WEIGHTS[:3], [1.0] * 3, [0.0] * 3)
     torch.testing.assert_close(found, task_arithmetic(base, models, WEIGHTS[:3]))
+
+
+NUMBERS: dict[Callable[..., Tensor], list[float]] = {  # of each model
+    ties: [1.0, 0.5],
+    breadcrumbs: [1.0, 0.5, 0.01],
+    breadcrumbs_ties: [1.0, 0.5, 0.01],
+    dare_linear: [1.0, 0.5, 3],
+    dare_ties: [1.0, 0.5, 3],
+    della_linear: [1.0, 0.5, 0.1, 3],
+    della: [1.0, 0.5, 0.1, 3],
+    task_arithmetic: [1.0],
+}
+
+
+@pytest.mark.parametrize("method", NUMBERS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_model_has_numbers_of_its_own(method: Callable[..., Tensor], count: int) -> None:
+    numbers = NUMBERS[method]
+    method(ONE, TWO, *([number] * 2 for number in numbers))
+    for place in range(len(numbers)):
+        given = [[number] * (count if i == place else 2) for i, number in enumerate(numbers)]
+        with pytest.raises(ValueError, match="zip|expected|one for each"):
+            method(ONE, TWO, *given)

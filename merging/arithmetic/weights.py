@@ -20,3 +20,10 @@ def check_range(values: Sequence[float], expected: str, allows: Callable[[float]
     """Raise ValueError if a value is not allowed, with what was expected."""
     if not all(map(allows, values)):
         raise ValueError(f"expected {expected}, got {list(values)}")
+
+
+def check_one_each(tensors: Sequence[object], *numbers: Sequence[float]) -> None:
+    """Raise ValueError unless there is one number of each kind for each tensor."""
+    if any(len(of_kind) != len(tensors) for of_kind in numbers):
+        counts = ", ".join(str(len(of_kind)) for of_kind in numbers)
+        raise ValueError(f"expected numbers for {len(tensors)} tensors, one for each, got {counts}")
