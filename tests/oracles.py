@@ -147,7 +147,7 @@ def karcher_oracle(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tenso
     shares = [w / sum(w for w, _ in pairs) for w, _ in pairs]
     units = [u for _, u in pairs]
     mean = _unit(linear_oracle(units, shares, False))
-    for _ in range(10_000):
+    for _ in range(300):
         logs = []
         for unit in units:
             away = unit - (unit * mean).sum() * mean
@@ -394,13 +394,33 @@ def quantile(values: Sequence[float], q: float) -> float:
     return rising[below] + (place - below) * (rising[above] - rising[below])
 
 
+def _divergence(before: Tensor, after: Tensor) -> float:
+    """Return KL(softmax(after) || softmax(before)), as a sum of terms that are not negative.
+
+    That is the sum of the q f(p / q), with f(r) = r log(r) - r + 1.
+    """
+    moves = [a - b for a, b in zip(after.tolist(), before.tolist(), strict=True)]
+    if len(set(moves)) < 2:
+        return 0.0
+    total = sum(math.exp(b) for b in before.tolist())
+    shares = [math.exp(b) / total for b in before.tolist()]
+    least = min(moves)
+    moved = least + math.log1p(
+        sum(q * math.expm1(m - least) for q, m in zip(shares, moves, strict=True))
+    )
+    ratios = [math.expm1(m - moved) for m in moves]  # p / q - 1
+    terms = [
+        (1 + u) * math.log1p(u) - u if abs(u) > 1e-4 else u * u * (1 / 2 - u / 6 + u * u / 12)
+        for u in ratios
+    ]
+    return sum(q * f for q, f in zip(shares, terms, strict=True))
+
+
 def arcee_fusion_oracle(base: Tensor, tensor: Tensor, lambda_: float = 1.0) -> Expected:
     (delta,) = changes(base, [tensor])
-    rows = [_rows(t) for t in (tensor, base)]
-    rows = [r - r.amax(1, keepdim=True) for r in rows] if base.numel() else rows
-    logs = [r - r.exp().sum(1, keepdim=True).log() for r in rows]
-    divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(1, keepdim=True)
-    importance = (delta.reshape(rows[0].shape).abs() * divergence).reshape(base.shape)
+    rows = zip(_rows(base), _rows(tensor), strict=True)
+    of_rows = torch.tensor([_divergence(*pair) for pair in rows], dtype=torch.float64)
+    importance = (_rows(delta).abs() * of_rows.view(-1, 1)).reshape(base.shape)
     found = importance.flatten().tolist()
     median, lower, upper = (quantile(found, q) if found else 0.0 for q in (0.5, 0.25, 0.75))
     threshold = median + 1.5 * (upper - lower)

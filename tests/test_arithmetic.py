@@ -9,7 +9,27 @@ import torch
 from oracles import randoms
 from torch import Tensor
 
-from merge_methods import linear, slerp, ties
+from merge_methods import (
+    arcee_fusion,
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    ram,
+    ramplus_tl,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from merging.arithmetic import chunks, selection
 from merging.arithmetic.selection import trim_threshold
 from merging.arithmetic.sums import cosine, gram_matrix, weighted_sum
@@ -94,10 +114,31 @@ def test_every_way_finds_the_kth_largest(
 # -------------------------------------------------------------------- chunks
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
+Merge = Callable[..., Tensor]  # of three tensors
+
+
+def of_changes(method: Merge, *numbers: object, models: int = 2, **options: object) -> Merge:
+    """Return a merge of what models changed of the first tensor."""
+    return lambda tensors, **to: method(
+        tensors[0], tensors[1 : 1 + models], *numbers, **options, **to
+    )
+
+
+W, D = [0.6, 0.3], [0.5, 0.2]
+METHODS: dict[str, Merge] = {
     "linear": lambda tensors, **to: linear(tensors, [0.6, 0.3, 0.2], **to),
     "slerp": lambda tensors, **to: slerp([tensors[0], tensors[1]], 0.3, **to),
-    "ties": lambda tensors, **to: ties(tensors[0], tensors[1:], [0.6, 0.3], [0.5, 0.2], **to),
+    "nuslerp": lambda tensors, **to: nuslerp([tensors[0], tensors[1]], W, **to),
+    "nuslerp of changes": lambda tensors, **to: nuslerp(tensors[1:], W, base=tensors[0], **to),
+    "multislerp": lambda tensors, **to: multislerp(tensors, [0.6, 0.3, 0.2], **to),
+    "multislerp of changes": lambda tensors, **to: multislerp(
+        tensors[1:], W, base=tensors[0], lambda_=0.7, **to
+    ),
+    "karcher": lambda tensors, **to: karcher(tensors, [0.6, 0.3, 0.2], **to),
+    "task_arithmetic": of_changes(task_arithmetic, W, lambda_=0.7),
+    "model_stock": of_changes(model_stock),
+    "ties": of_changes(ties, W, D),
+    "ties, thresholds": of_changes(ties, W, D, thresholds=[0.7, 0.2]),
     "ties, naive count": lambda tensors, **to: ties(
         tensors[0],
         [*tensors[1:], tensors[2]],
@@ -106,7 +147,19 @@ METHODS: dict[str, Callable[..., Tensor]] = {
         naive_count=True,
         **to,
     ),
+    "dare_linear": of_changes(dare_linear, W, D, [1, 2]),
+    "dare_ties": of_changes(dare_ties, W, D, [1, 2]),
+    "della_linear": of_changes(della_linear, W, D, [0.1, 0.1], [1, 2]),
+    "della": of_changes(della, W, D, [0.1, 0.1], [1, 2]),
+    "breadcrumbs": of_changes(breadcrumbs, W, D, [0.01, 0.1]),
+    "breadcrumbs_ties": of_changes(breadcrumbs_ties, W, D, [0.01, 0.1]),
+    "sce": of_changes(sce, select_topk=0.4),
+    "ram": of_changes(ram, epsilon=0.3),
+    "ramplus_tl": of_changes(ramplus_tl, epsilon=0.3),
+    "nearswap": of_changes(nearswap, 0.3, models=1),
+    "arcee_fusion": of_changes(arcee_fusion, models=1),
 }
+OF_TWO = ("slerp", "nuslerp", "nearswap", "arcee_fusion")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,7 +167,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 def test_streaming_to_a_device_gives_the_same_as_moving_there(
     method: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = randoms(3, (250_007,), dtype)
+    tensors = randoms(3, (120_007,), dtype)
     whole = METHODS[method]([t.to(device) for t in tensors])
     monkeypatch.setattr(chunks, "DEVICE_CHUNK", 99_991)
     monkeypatch.setattr(chunks, "CPU_CHUNK", 99_991)
@@ -125,11 +178,13 @@ def test_streaming_to_a_device_gives_the_same_as_moving_there(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype, shape", [*((dtype, (120_007,)) for dtype in FLOATS), (torch.bfloat16, (251, 497))]
+)
 def test_chunks_and_threads_do_not_change_a_bit(
-    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    method: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = randoms(3, (250_007,), dtype)
+    tensors = randoms(3, shape, dtype)
     expected = METHODS[method](tensors)
     threads = torch.get_num_threads()
     try:
@@ -165,7 +220,7 @@ def test_non_finite_inputs_reach_the_output(method: str, value: float) -> None:
         tensors = randoms(3, (100,), torch.float32)
         tensors[position][3] = value
         result = METHODS[method](tensors)
-        assert not result.isfinite().all() or (position == 2 and method == "slerp")
+        assert not result.isfinite().all() or (position == 2 and method in OF_TWO)
 
 
 @pytest.mark.parametrize("method", METHODS)

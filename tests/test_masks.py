@@ -191,7 +191,7 @@ def test_indices_beyond_32_bits_have_numbers_of_their_own() -> None:
         assert int((across[width:] == numbers(start, start + width)).sum()) < 3
 
 
-@pytest.mark.parametrize("shape", [(300_007,), (1_000, 301), (7, 43_000), (3, 100, 1_001)])
+@pytest.mark.parametrize("shape", [(7, 43_000), (3, 100, 501)])
 def test_chunks_and_threads_do_not_change_a_bit(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,14 +104,19 @@ def weighted_magnitudes(
 def divergences(base: Tensor, tensor: Tensor, device: torch.device) -> Tensor:
     """Return KL(softmax(row of the tensor) || softmax(row of the base)) of each row, in float64.
 
-    = sum_i p_i delta_i - log(1 + sum_i q_i (exp(delta_i) - 1)), which keeps what is small.
+    = sum_i p_i delta_i - log(1 + sum_i q_i (exp(delta_i) - 1)), the same for delta_i + c. With a c
+    of which the sum of the q_i delta_i is 0 nothing small is lost; and a row that moves as a whole
+    has none at all, not what rounding makes of it.
     """
     length = row_length(base)
     rows = [t.reshape(-1, length) for t in (base, tensor)]
     found = []
     for part in chunks(len(rows[0]), max(1, chunk_size(base.numel(), device) // length)):
         origin, values = (t[part].to(device).double() for t in rows)
+        before = origin.softmax(1)
         delta = values - origin
-        after = torch.log1p((origin.softmax(1) * delta.expm1()).sum(1))
+        delta.sub_(delta[:, :1].clone())
+        delta.sub_((before * delta).sum(1, keepdim=True))
+        after = torch.log1p((before * delta.expm1()).sum(1))
         found.append((values.softmax(1) * delta).sum(1).sub_(after).clamp_min_(0))
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=device)
