@@ -61,7 +61,8 @@ def naive_multislerp(base: Tensor, models: list[Tensor]) -> Tensor:
     step = scaled([u - (u * mean).sum() * mean for u in units], weights)
     length = step.norm() + 1e-12
     length_of_all = sum(w * n for w, n in zip(weights, norms, strict=True))
-    return (mean * torch.cos(length) + step * torch.sin(length) / length) * length_of_all
+    result: Tensor = (mean * torch.cos(length) + step * torch.sin(length) / length) * length_of_all
+    return result
 
 
 def naive_karcher(base: Tensor, models: list[Tensor]) -> Tensor:
@@ -80,14 +81,16 @@ def naive_karcher(base: Tensor, models: list[Tensor]) -> Tensor:
         if length < 1e-5:
             break
         mean = torch.cos(length) * mean + torch.sin(length) / length * step
-    return mean * (norms[0] + norms[1]) / 2
+    result: Tensor = mean * (norms[0] + norms[1]) / 2
+    return result
 
 
 def naive_model_stock(base: Tensor, models: list[Tensor]) -> Tensor:
     a, b = (m - base for m in models)
     cosine = (a * b).sum() / (a.norm() * b.norm())
     t = (2 * cosine / (1 + cosine)).clamp(0, 1)
-    return t * (models[0] + models[1]) / 2 + (1 - t) * base
+    result: Tensor = t * (models[0] + models[1]) / 2 + (1 - t) * base
+    return result
 
 
 # -------------------------------------------------------------------- plain task vectors

@@ -1,6 +1,7 @@
 # Every method of main.py on the example models; run it in the folder above this one.
 #   sh examples/merge.sh && python examples/evaluate.py merged-*
-# Weights were chosen once: 1 where changes are added up, equal shares where something is averaged.
+# Weights were chosen once, before any result was seen: 1 where changes are added up, equal shares
+# where models are averaged.
 
 # Averages of models, or of what they changed of the base.
 python main.py ./merged-linear --method linear --weight 0.5 \

@@ -113,5 +113,6 @@ def test_the_readme_has_the_row(name: str) -> None:
     numbers = f"{row.needs}; {row.takes}" if row.takes else row.needs
     line = f"| `{name}`{default} | {numbers} | {row.equation} | [{row.paper}]({row.link}) |"
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert line.count("|") == 5  # one more would be another column
     assert line in lines
     assert f"- **`{name}`** for {row.when}." in lines

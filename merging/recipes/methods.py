@@ -232,8 +232,8 @@ RAM = Method(
     base=ORIGIN,
     models=(1, None),
     parameters=(CHANGED, LAMBDA),
-    equation="θ₀ + λ times the mean of the δₜ of those models that changed the entry, "
-    "|δₜ| > `--epsilon`",
+    equation="θ₀ + λ times the mean of the δₜ of those models that changed the entry by more than "
+    "`--epsilon`",
     paper="Reinforced Agent Merging",
     link="https://arxiv.org/abs/2601.13572",
     when="fine-tunes that each changed few entries, as by reinforcement learning",
@@ -269,8 +269,8 @@ ARCEE_FUSION = Method(
     base=ORIGIN,
     models=(1, 1),
     parameters=(LAMBDA,),
-    equation="keep the entries of δ whose importance, |δ|·KL(softmax of the row of θ ‖ of θ₀), is "
-    "at least median + 1.5 (Q₃ − Q₁) of it; θ₀ + λδ",
+    equation="keep the entries of δ whose importance, their size times KL(softmax of the row of θ "
+    "‖ of θ₀), is at least median + 1.5 (Q₃ − Q₁) of it; θ₀ + λδ",
     paper="Arcee Fusion",
     link="https://github.com/arcee-ai/mergekit",
     when="a base that should take only the most important changes of one fine-tune",
