@@ -647,3 +647,37 @@ def test_each_model_has_numbers_of_its_own(method: Callable[..., Tensor], count:
         given = [[number] * (count if i == place else 2) for i, number in enumerate(numbers)]
         with pytest.raises(ValueError, match="zip|expected|one for each"):
             method(ONE, TWO, *given)
+
+
+# -------------------------------------------------------------------- elections
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "weights", [(0.3, 0.5), (1.0, 1.0), (0.1, 7.0), (1e-30, 3e-30), (0.6, 0.0), (3e20, 1e20)]
+)
+@pytest.mark.parametrize("count", [2, 3])
+def test_votes_that_nearly_cancel_are_counted_in_float64(
+    count: int, weights: tuple[float, float], normalize: bool
+) -> None:
+    """Opposite votes that differ by some units of float32's last place, or by none."""
+    one = randoms(1, (4_096,), torch.float32)[0]
+    near = (-one.double() * weights[0] / weights[1]) if weights[1] else -one.double()
+    other = near.float()
+    for place in range(-4, 5):
+        away = torch.where(other > 0, math.inf, -math.inf) * (1 if place > 0 else -1)
+        moved = other
+        for _ in range(abs(place)):
+            moved = torch.nextafter(moved, away)
+        models, given = [one, moved], list(weights)
+        if count == 3:  # which has no vote, but makes an election of three
+            models, given = [*models, torch.zeros(4_096)], [*given, 1.0]
+        votes = weights[0] * one.double() + weights[1] * moved.double()
+        sign = torch.where(votes >= 0, 1.0, -1.0)
+        found = ties(torch.zeros(4_096), models, given, [1.0] * count, normalize=normalize)
+        parts = [w * m.double() for w, m in zip(weights, models, strict=False)]
+        total = sum(torch.where(part * sign > 0, part, 0) for part in parts)
+        if normalize:
+            agreeing = sum((p * sign > 0) * w for p, w in zip(parts, weights, strict=True))
+            total = total / torch.where(agreeing > 0, agreeing, 1.0)
+        torch.testing.assert_close(found.double(), total, rtol=1e-6, atol=0)
