@@ -43,6 +43,9 @@ class Recipe:
     lm_head_source: str | None = None  # and of those after them
     asks_for_head: bool = False  # whether it names a lm_head_source other than the embedding's
     text: str = ""  # of the file that it was read from, if any
+    tokenizer: str | None = None  # "base", "union" or a model's name; None: the donor's
+    pad_to_multiple_of: int | None = None  # the rows of its vocabulary
+    chat_template: str = "auto"  # "auto", "donor", a model's name, a file or a template's text
 
     @property
     def is_stack(self) -> bool:
