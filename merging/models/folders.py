@@ -30,6 +30,7 @@ OTHER_DEPTHS = ("encoder_layers", "num_encoder_layers", "depth")  # of encoders 
 # Of numbers in a config: transformers makes something for each, whatever the files hold.
 LIMITS = dict.fromkeys([*DEPTHS, *OTHER_DEPTHS], 100_000) | {"num_labels": 1_000_000}
 LARGEST_JSON = 10_000_000  # bytes of a config
+GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = re.compile(
@@ -135,6 +136,11 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     while waiting:
         yield (part := waiting.pop())
         waiting += [value for value in part.values() if isinstance(value, Mapping)]
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """Return what a JSON file of a model holds."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_config(model: str, folder: Path) -> None:

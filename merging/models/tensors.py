@@ -12,6 +12,7 @@ from merging.problems import Problems
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MISSING = -1
+MEAN_OF = 1 << 12  # entries of a tensor that are summed at a time
 
 
 class WatchedFile:
@@ -68,23 +69,73 @@ class LazyTensor:
                 part.file.check()
 
 
-def with_rows(tensor: LazyTensor, dim: int, rows: Sequence[int], other: LazyTensor) -> LazyTensor:
+def with_rows(
+    tensor: LazyTensor,
+    dim: int,
+    rows: Sequence[int],
+    other: LazyTensor | None = None,
+    other_rows: Sequence[int] | None = None,
+) -> LazyTensor:
     """Return the tensor whose entries along `dim` are those `rows` of a tensor.
 
-    Where a row is MISSING, or beyond the tensor, the other's entry of that place takes it.
+    Where a row is MISSING, or beyond the tensor, an entry of the other takes it: that of its place,
+    or of its place in `other_rows`. Where that is MISSING too, it is zero.
     """
-    chosen = torch.tensor(rows)
-    chosen[chosen >= tensor.shape[dim]] = MISSING
+    chosen = _within(tensor, dim, rows)
     missing = (chosen < 0).nonzero().flatten()
-    chosen = chosen.clamp_min_(0)
+    instead = torch.full_like(missing, MISSING)
+    if other is not None and other_rows is None:
+        instead = missing
+    elif other is not None and other_rows is not None:
+        instead = _within(other, dim, other_rows)[missing]
 
     def read() -> Tensor:
-        gathered = tensor.read().index_select(dim, chosen)
+        gathered = _gathered(tensor.read(), dim, chosen)
         if len(missing):
-            others = other.read().index_select(dim, missing)
+            source = gathered if other is None else other.read()
+            others = _gathered(source, dim, instead)
             gathered = gathered.to(torch.promote_types(gathered.dtype, others.dtype))
             gathered.index_copy_(dim, missing, others.to(gathered.dtype))
         return gathered
 
     shape = (*tensor.shape[:dim], len(rows), *tensor.shape[dim + 1 :])
     return LazyTensor(tensor.label, shape, tensor.dtype, read, (tensor,))
+
+
+def _within(tensor: LazyTensor, dim: int, rows: Sequence[int]) -> Tensor:
+    """Return rows as numbers, MISSING where the tensor has none."""
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    chosen[chosen >= tensor.shape[dim]] = MISSING
+    return chosen
+
+
+def _gathered(tensor: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Return entries of a tensor along a dimension, zeros where they are MISSING."""
+    found = tensor.index_select(dim, rows.clamp(0))
+    return found.index_fill_(dim, (rows < 0).nonzero().flatten(), 0)
+
+
+def mean_row(tensor: LazyTensor, dim: int, count: int) -> LazyTensor:
+    """Return `count` entries along `dim` that are each the mean of those of a tensor."""
+
+    def read() -> Tensor:
+        values, size = tensor.read(), tensor.shape[dim]
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, size, MEAN_OF):
+            part = values.narrow(dim, start, min(MEAN_OF, size - start))
+            total = total + part.double().sum(dim, keepdim=True)
+        mean = (total / size).to(tensor.dtype)
+        return mean.repeat_interleave(count, dim)
+
+    shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
+    return LazyTensor(f"the mean of {tensor.label}", shape, tensor.dtype, read, (tensor,))
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """Entries along a dimension of a merged tensor that its base lacks: a mean of others'."""
+
+    dim: int
+    places: tuple[int, ...]  # of the entries
+    sources: tuple[LazyTensor, ...]  # of these entries alone
+    weights: tuple[float, ...]

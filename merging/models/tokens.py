@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
 
 from merging.models.checkpoints import Checkpoint
-from merging.problems import Problems, collecting, first_line, refuse
+from merging.problems import Problems, collecting, first_line, reading, refuse
 from merging.recipes.user_files import LARGEST, check_readable, read_text
 
 # Files from which transformers can build a tokenizer when there is no tokenizer.json.
@@ -19,12 +21,19 @@ VOCABULARY_FILES = (
 ).split()
 TOKENIZER_FILES = re.compile(r"token|vocab|merges|\.model$|\.spm$|tekken|\.py$")
 LIBRARIES = ("sentencepiece", "protobuf")  # that transformers asks for when it needs them
+ROLES = tuple(f"{role}_token" for role in "bos eos unk sep pad cls mask".split())
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def read_tokens(
-    folder: Path, trust_remote_code: bool = False, side: str = ""
-) -> dict[str, int] | None:
-    """Return a tokenizer's tokens with their ids, added and special ones too; None if it has none.
+class Tokens(NamedTuple):
+    """A tokenizer's tokens with their ids, and those that are no pieces of words, with flags."""
+
+    ids: Mapping[str, int]
+    added: Mapping[str, AddedToken] = {}
+
+
+def read_tokens(folder: Path, trust_remote_code: bool = False, side: str = "") -> Tokens | None:
+    """Return a tokenizer's tokens, added and special ones too; None if it has none.
 
     `side` is the file of one language's tokens, if the folder has it. Raises Problems if the
     tokenizer's files cannot be read.
@@ -32,28 +41,79 @@ def read_tokens(
     try:
         if side and (folder / side).is_file():
             entries = json.loads(read_text(folder / side))
-            return {token: int(number) for token, number in entries.items()}
-        if (folder / "tokenizer.json").is_file():
-            check_readable(folder / "tokenizer.json")
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokens: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-            if _declared_tokens(folder) <= tokens.keys():
-                return tokens
-        elif not has_tokenizer(folder):
+            return Tokens({token: int(number) for token, number in entries.items()})
+        tokenizer = _open(folder, trust_remote_code)
+        if tokenizer is None:
             return None
-        from transformers import AutoTokenizer  # slower, but knows every kind of file
-
-        tokens = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        ).get_vocab()
-        _check_complete(folder, tokens)
-        return dict(tokens)
+        if isinstance(tokenizer, Tokenizer):
+            ids = tokenizer.get_vocab(with_added_tokens=True)
+            return Tokens(ids, _added(folder, tokenizer))
+        _check_complete(folder, tokenizer.get_vocab())
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        return Tokens(dict(tokenizer.get_vocab()), added)
     except (KeyboardInterrupt, Problems):
         raise
     except BaseException as error:  # tokenizers raises plain Exceptions, and panics of its own
         raise Problems(_unreadable(folder, error)) from error
+
+
+def backend(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """Return a folder's tokenizer as one of the tokenizers library. Raises Problems."""
+    try:
+        tokenizer = _open(folder, trust_remote_code)
+        found = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
+        return Tokenizer.from_str(found.to_str())
+    except (KeyboardInterrupt, Problems):
+        raise
+    except BaseException as error:
+        raise Problems(
+            f"{folder}: tokens can be added to no tokenizer but one of the tokenizers library "
+            f"({first_line(error)}); save it as tokenizer.json"
+        ) from error
+
+
+def _open(folder: Path, trust_remote_code: bool) -> Any:
+    """Open a tokenizer by the tokenizers library, if that sees all tokens, or by transformers."""
+    if (folder / "tokenizer.json").is_file():
+        check_readable(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if _declared_tokens(folder) <= tokenizer.get_vocab(with_added_tokens=True).keys():
+            return tokenizer
+    elif not has_tokenizer(folder):
+        return None
+    from transformers import AutoTokenizer  # slower, but knows every kind of file
+
+    return AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+
+
+def _added(folder: Path, tokenizer: Tokenizer) -> dict[str, AddedToken]:
+    """Return the added tokens, with the flags of tokenizer_config.json, as transformers does.
+
+    Those that have a role, such as the end of a text, are special.
+    """
+    found = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    declared = _read(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for entry in declared.values():
+        flags = {key: bool(entry[key]) for key in FLAGS if key in entry}
+        found[entry["content"]] = AddedToken(entry["content"], **flags)
+    for content in roles(folder).values():
+        found.setdefault(content, AddedToken(content, special=True)).special = True
+    return found
+
+
+def roles(folder: Path) -> dict[str, str]:
+    """Return the tokens that a tokenizer's files name by role (bos_token, eos_token, ...)."""
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with reading(folder, f"{name} is not readable JSON"):
+            entries = _read(folder / name)
+        for key, value in entries.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key in ROLES and isinstance(content, str):
+                found[key] = content
+    return found
 
 
 def _unreadable(folder: Path, error: BaseException) -> str:
@@ -129,10 +189,10 @@ def _check_complete(folder: Path, tokens: Mapping[str, int]) -> None:
 
 def read_all_tokens(
     everyone: Sequence[Checkpoint], sides: Set[str], trust: bool
-) -> dict[tuple[Checkpoint, str], Mapping[str, int] | None]:
+) -> dict[tuple[Checkpoint, str], Tokens | None]:
     """Read the tokens of checkpoints; files that are the same in all of them need no reading."""
     prints = {checkpoint: _fingerprint(checkpoint) for checkpoint in everyone}
-    known: dict[tuple[bytes, str], Mapping[str, int] | None] = {}
+    known: dict[tuple[bytes, str], Tokens | None] = {}
     problems: list[str] = []
     for checkpoint in everyone:
         for side in sides:
@@ -141,7 +201,7 @@ def read_all_tokens(
                     known[prints[checkpoint], side] = (
                         read_tokens(checkpoint.folder, trust, side)
                         if len({*prints.values()}) > 1
-                        else {}
+                        else Tokens({})
                         if has_tokenizer(checkpoint.folder, side)
                         else None
                     )

@@ -4,7 +4,7 @@ Asked of models on the meta device, that differ from each other in one number of
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,21 +26,23 @@ GROWTH = 64  # a multiple of what classes round sizes up to
 OF_KINDS = re.compile(r"type_vocab_size$")  # of segments, tasks, modalities: a handful
 
 
-def _parts(config: PretrainedConfig, label: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
+def config_parts(
+    config: PretrainedConfig, label: str = ""
+) -> Iterator[tuple[str, PretrainedConfig]]:
     """Yield a config and those inside it, each with the start of its keys' labels."""
     yield label, config
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            yield from _parts(value, f"{label}{name}.")
+            yield from config_parts(value, f"{label}{name}.")
 
 
-def vocabulary_sizes(structure: Structure, of_tokens: bool = True) -> dict[str, int]:
-    """Return the config's numbers of tokens, or of other things with rows, by their keys.
+def vocabulary_sizes(config: PretrainedConfig, of_tokens: bool = True) -> dict[str, int]:
+    """Return a config's numbers of tokens, or of other things with rows, by their keys.
 
     Those of its parts too, as `text_config.vocab_size`.
     """
     found = {}
-    for label, part in _parts(structure.config):
+    for label, part in config_parts(config):
         values = part.to_dict()
         keys = [k for k in values if VOCABULARY_SIZE.search(k) and not OF_KINDS.search(k)]
         of_codes = "num_codebooks" in values and not any(NO_TOKENS.search(k) for k in keys)
@@ -60,7 +62,7 @@ def vocabulary_dims(structure: Structure, stored: Iterable[str]) -> dict[str, di
     names = structure.parameters_of(stored)
     before = _grown(structure, "", 0)
     found: dict[str, dict[str, int]] = {}
-    for key, size in vocabulary_sizes(structure).items():
+    for key, size in vocabulary_sizes(structure.config).items():
         after, dims = _grown(structure, key, GROWTH), {}
         for name, parameter in names.items():
             shapes = before.get(parameter, ()), after.get(parameter, ())
@@ -79,15 +81,22 @@ def vocabulary_dims(structure: Structure, stored: Iterable[str]) -> dict[str, di
     return found
 
 
+def with_values(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
+    """Return a copy of a config with other values, by keys such as `text_config.vocab_size`."""
+    copy = type(config).from_dict(config.to_dict())
+    for label, value in values.items():
+        *path, key = label.split(".")
+        part: Any = copy
+        for name in path:
+            part = getattr(part, name)
+        setattr(part, key, value)
+    return copy
+
+
 def _grown(structure: Structure, label: str, by: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the class's tensors when one number of its config is larger."""
-    copy = type(structure.config).from_dict(structure.config.to_dict())
-    *path, key = label.split(".")
-    part: Any = copy
-    for name in path:
-        part = getattr(part, name)
-    if by:
-        setattr(part, key, getattr(part, key) + by)
+    sizes = {label: vocabulary_sizes(structure.config)[label] + by} if by else {}
+    copy = with_values(structure.config, sizes)
     try:
         with torch.device("meta"), no_init_weights():
             return {name: tuple(t.shape) for name, t in structure.cls(copy).state_dict().items()}

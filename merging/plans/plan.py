@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from merging.models.tensors import FLOAT_DTYPES, LazyTensor
+from merging.models.tensors import FLOAT_DTYPES, LazyTensor, OwnRows
+from merging.models.words import Words
 from merging.problems import some
 from merging.recipes.declarations import Method
 
@@ -23,6 +24,7 @@ class PlannedTensor:
     method: Method | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the method
     has_base: bool = False  # whether the first source is the base of the others
+    own_rows: tuple[OwnRows, ...] = ()  # that take the place of what the method gives there
 
     @property
     def how(self) -> str:
@@ -58,6 +60,7 @@ class Plan:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of it
     trims_models: bool = False  # as a whole, by thresholds that are found before merging
+    words: Words | None = None  # whose tokenizer it gets
 
     @property
     def parameters(self) -> int:
@@ -77,6 +80,10 @@ def lines(plan: Plan) -> str:
     return "\n".join(
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {tensor.call}, "
         + ", ".join(source.label for source in tensor.sources)
+        + "".join(
+            f"; {len(own.places)} rows of {', '.join(source.label for source in own.sources)}"
+            for own in tensor.own_rows
+        )
         for name, tensor in plan.tensors.items()
     )
 

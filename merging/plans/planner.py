@@ -7,8 +7,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from merging.models.checkpoints import Checkpoint, changed_config, meaning_warnings, says_tied
 from merging.models.structure import Structure, assemble
-from merging.models.tensors import LazyTensor
-from merging.models.vocabularies import match_vocabularies
+from merging.models.vocabulary_rows import Matched
+from merging.models.vocabulary_sizes import with_values
+from merging.models.words import settle_words
 from merging.plans.layouts import Layout, chosen_layers, stacked_layers, whole_models
 from merging.plans.plan import Plan, PlannedTensor, output_dtype
 from merging.plans.same_layers import (
@@ -40,18 +41,16 @@ def plan_model(
     models = {name: structure.renamed(model) for name, model in models.items()}
     lay_out = stacked_layers if recipe.is_stack else whole_models
     layout = lay_out(recipe, models, structure)
-    match, notes = match_vocabularies(structure, *layout.vocabularies, trust=trust_remote_code)
+    words = settle_words(structure, layout.vocabularies, recipe, trust_remote_code)
+    notes = list(words.notes)
     tensors: dict[str, PlannedTensor] = {}
     refusals: list[str] = []
     for name, role in layout.roles.items():
         if any(stored not in model.tensors for model, stored in role.operands):
             continue
-        first, stored = role.operands[0]
-        rows_of = role.given or first.tensors[stored]
-        sources = tuple(match(model, stored, rows_of) for model, stored in role.operands)
-        given = role.given or sources[0]  # the latter with its rows matched
         arguments = recipe.arguments(role.part, name, role.place)
-        tensors[name] = _planned(recipe, given, sources, arguments, dtype)
+        matched = words.match(role.given, role.operands, arguments.get("weights"))
+        tensors[name] = _planned(recipe, matched, arguments, dtype)
         if refusal := recipe.refusal(arguments):
             refusals.append(refusal)
     problems = _unused_filters(recipe, list(layout.roles))
@@ -59,6 +58,7 @@ def plan_model(
         problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config, followed = _config(recipe, models, structure, layout)
+    config = with_values(config, words.values) if words.values else config
     makers = ", ".join(models) if recipe.is_stack else donor.name
     model, problems = structure.assembled(makers, config, tensors)
     if recipe.is_stack and problems:
@@ -72,23 +72,23 @@ def plan_model(
     trims_models = recipe.values.get("trim_scope") == "model"
     if trims_models:
         notes.append("note: changes are trimmed over whole models, so all inputs are read thrice")
-    return Plan(
-        donor.name, tensors, model, tuple(sorted(layout.ignored)), tuple(notes), trims_models
-    )
+    if words.end_ids and model.can_generate():
+        model.generation_config.eos_token_id = words.end_ids
+    ignored = tuple(sorted(layout.ignored))
+    return Plan(donor.name, tensors, model, ignored, tuple(notes), trims_models, words)
 
 
 def _planned(
-    recipe: Recipe,
-    given: LazyTensor,
-    sources: tuple[LazyTensor, ...],
-    arguments: Mapping[str, object],
-    dtype: torch.dtype | None,
+    recipe: Recipe, matched: Matched, arguments: Mapping[str, object], dtype: torch.dtype | None
 ) -> PlannedTensor:
+    given, sources, own = matched
     target = output_dtype(given.dtype, dtype)
     is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
     if is_copy or not given.is_floating:
-        return PlannedTensor(sources, given.shape, target)
-    return PlannedTensor(sources, given.shape, target, recipe.method, arguments, recipe.takes_base)
+        return PlannedTensor(sources, given.shape, target, own_rows=own)
+    return PlannedTensor(
+        sources, given.shape, target, recipe.method, arguments, recipe.takes_base, own
+    )
 
 
 def _misfits(

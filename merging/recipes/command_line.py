@@ -9,6 +9,7 @@ from merging.recipes.declarations import OPERAND, ORIGIN, Method, Parameter, use
 from merging.recipes.methods import METHODS
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Recipe, Slice, Source, Value
+from merging.recipes.word_options import word_wishes
 
 Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command line
 
@@ -36,7 +37,9 @@ def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
         Source(model, {name: schedules[i] for name, schedules in of_models.items() if schedules})
         for i, model in enumerate(merges)
     )
-    recipe = Recipe(method, (Slice(sources),), arguments.base_model, values)
+    models = list(dict.fromkeys(filter(None, [arguments.base_model, *merges])))
+    words = word_wishes(arguments, models, problems)
+    recipe = Recipe(method, (Slice(sources),), arguments.base_model, values, **words)
     problems += [*_unused(arguments, method), *_model_problems(recipe, merges)]
     problems += value_problems(recipe)
     return recipe

@@ -11,6 +11,7 @@ from merging.recipes.methods import METHODS
 from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import parse_values
 from merging.recipes.options import EXIT_STATUS, add_common_options, whole_number
+from merging.recipes.word_options import add_word_options
 
 NUMBER_OPTIONS = sorted(
     {p.option for m in METHODS.values() for p in m.parameters if not p.is_switch and not p.choices}
@@ -77,13 +78,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         "one takes",
     )
     _add_parameters(parser, shown)
-    parser.add_argument(
-        "--copy-tokenizer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="copy the tokenizer of the base, or else of the first model (default: "
-        "--copy-tokenizer)",
-    )
+    add_word_options(parser)
     add_common_options(parser)
     return parser
 

@@ -43,6 +43,7 @@ def read_stack(path: Path) -> Recipe:
         lm_head_source=head or named[len(slices) - 1],
         asks_for_head=head not in (None, embedding),
         text=text,
+        chat_template="donor",  # that of where the embedding is from, as its tokenizer
     )
 
 

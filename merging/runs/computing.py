@@ -17,6 +17,7 @@ from torch import Tensor
 import merge_methods
 from merging.plans.plan import Plan, PlannedTensor
 from merging.problems import Problems
+from merging.runs.rows_apart import with_own_rows
 
 Result = TypeVar("Result")
 
@@ -65,7 +66,7 @@ def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
         source.check()
     if result is None:
         raise Problems(_blame(name, planned, tensors))
-    return result
+    return with_own_rows(planned, result)
 
 
 def read_sources(planned: PlannedTensor) -> list[Tensor]:

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.models.folders import files_of_a_model, links_left_out, read_json
+from merging.models.folders import (
+    GENERATION_CONFIG,
+    files_of_a_model,
+    links_left_out,
+    read_json,
+)
 from merging.models.opening import Found, find_models, open_models
 from merging.models.reading_ahead import read_ahead
 from merging.problems import Problems, collecting, reading, refuse, some
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from merging.models.checkpoints import Checkpoint
+    from merging.models.words import Words
     from merging.plans.plan import Plan
 
 LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
@@ -55,10 +61,12 @@ def make(
     from merging.runs.writing import save, shards_of
 
     models, plan, device = _plan(recipe, found, arguments, problems)
-    files = _files(recipe, arguments, {name: pair.folder for name, pair in found.items()})
-    _say_left_out({path.parent for path in files.values()} | {models[0].folder}, arguments.quiet)
+    assert plan.words is not None
+    folders = {name: pair.folder for name, pair in found.items()}
+    files = _files(recipe, arguments, folders, plan.words)
+    _say_left_out({folders[recipe.models[0]], plan.words.owner.folder}, arguments.quiet)
     output = Path(arguments.output)
-    extra = sum(path.stat().st_size for path in files.values())
+    extra = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
     shards = shards_of(plan, arguments.max_shard_size)
     say(summary(plan, len(shards), LIBRARIES), quiet)
@@ -123,27 +131,27 @@ def _plan(
 
 def check_generation_config(folder: Path) -> None:
     """Refuse a model's generation_config.json that transformers cannot load: it is copied."""
-    if (file := folder / "generation_config.json").is_file():
+    if (file := folder / GENERATION_CONFIG).is_file():
         from transformers import GenerationConfig
 
         read_json(str(folder), file)
-        with reading(folder, "generation_config.json"):
+        with reading(folder, GENERATION_CONFIG):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _files(
-    recipe: Recipe, arguments: argparse.Namespace, folders: Mapping[str, Path]
-) -> dict[str, Path]:
-    """Return the files to copy: the donor's, the tokenizer's of where the embedding is from."""
-    donor = folders[recipe.models[0]]
-    if not recipe.is_stack:
-        check_generation_config(donor)
-        return files_of_a_model(donor, donor if arguments.copy_tokenizer else None)
-    embedding = folders[str(recipe.embedding_source)]
-    check_generation_config(embedding)
-    files = files_of_a_model(donor, embedding)
-    files.pop("generation_config.json", None)  # it speaks of token ids
-    of_embedding = files_of_a_model(embedding, None)
-    if "generation_config.json" in of_embedding:
-        files["generation_config.json"] = of_embedding["generation_config.json"]
-    return files
+    recipe: Recipe, arguments: argparse.Namespace, folders: Mapping[str, Path], words: "Words"
+) -> dict[str, Path | bytes]:
+    """Return the files to copy or to write: the donor's, and those of the tokenizer's owner."""
+    donor, owner = folders[recipe.models[0]], words.owner.folder
+    check_generation_config(owner)
+    copied = getattr(arguments, "copy_tokenizer", True)
+    files: dict[str, Path | bytes] = {**files_of_a_model(donor, owner if copied else None)}
+    if owner != donor:
+        files.pop(GENERATION_CONFIG, None)  # it speaks of token ids
+        of_owner = files_of_a_model(owner, None)
+        if GENERATION_CONFIG in of_owner:
+            files[GENERATION_CONFIG] = of_owner[GENERATION_CONFIG]
+    for name in words.left_out:
+        files.pop(name, None)
+    return {**files, **words.files} if copied else files

@@ -54,7 +54,7 @@ def shards_of(plan: Plan, max_shard_size: str) -> Shards:
 def save(
     plan: Plan,
     shards: Shards,
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     output: Path,
     arguments: argparse.Namespace,
     device: torch.device,
@@ -80,9 +80,12 @@ def save(
                 write_shard(folder / file, shard, plan, tensors, bar)
         if len(shards) > 1:
             _write_index(folder / "model.safetensors.index.json", shards, plan)
-        for name, path in files.items():
+        for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, folder / name)
         if arguments.model_card:
             (folder / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))
         verify(folder, plan)
