@@ -46,7 +46,7 @@ def test_the_writer_agrees_with_safetensors_on_odd_tensors(tmp_path: Path) -> No
         "d": torch.arange(9, dtype=torch.uint8),
     }
     planned = {n: PlannedTensor((), tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    plan = Plan("", planned, None)  # type: ignore[arg-type]
+    plan = Plan("", planned, None, None)  # type: ignore[arg-type]
     (order,) = writing.shards_of(plan, "5GB").values()
     with tqdm(disable=True) as bar:
         values = iter([tensors[name] for name in order])

@@ -57,10 +57,10 @@ class Plan:
     donor: str
     tensors: Mapping[str, PlannedTensor]
     model: PreTrainedModel  # of the output's class and config, without values
+    words: Words  # whose tokenizer and chat template it gets
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of it
     trims_models: bool = False  # as a whole, by thresholds that are found before merging
-    words: Words | None = None  # whose tokenizer it gets
 
     @property
     def parameters(self) -> int:

@@ -75,7 +75,7 @@ def plan_model(
     if words.end_ids and model.can_generate():
         model.generation_config.eos_token_id = words.end_ids
     ignored = tuple(sorted(layout.ignored))
-    return Plan(donor.name, tensors, model, ignored, tuple(notes), trims_models, words)
+    return Plan(donor.name, tensors, model, words, ignored, tuple(notes), trims_models)
 
 
 def _planned(

@@ -61,10 +61,8 @@ def make(
     from merging.runs.writing import save, shards_of
 
     models, plan, device = _plan(recipe, found, arguments, problems)
-    assert plan.words is not None
-    folders = {name: pair.folder for name, pair in found.items()}
-    files = _files(recipe, arguments, folders, plan.words)
-    _say_left_out({folders[recipe.models[0]], plan.words.owner.folder}, arguments.quiet)
+    files = _files(models[0].folder, plan.words, arguments)
+    _say_left_out({models[0].folder, plan.words.owner.folder}, arguments.quiet)
     output = Path(arguments.output)
     extra = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
@@ -139,11 +137,9 @@ def check_generation_config(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _files(
-    recipe: Recipe, arguments: argparse.Namespace, folders: Mapping[str, Path], words: "Words"
-) -> dict[str, Path | bytes]:
+def _files(donor: Path, words: "Words", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
     """Return the files to copy or to write: the donor's, and those of the tokenizer's owner."""
-    donor, owner = folders[recipe.models[0]], words.owner.folder
+    owner = words.owner.folder
     check_generation_config(owner)
     copied = getattr(arguments, "copy_tokenizer", True)
     files: dict[str, Path | bytes] = {**files_of_a_model(donor, owner if copied else None)}
