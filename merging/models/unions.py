@@ -8,7 +8,6 @@ from tokenizers import AddedToken, Tokenizer
 from merging.models.checkpoints import Checkpoint
 from merging.models.folders import as_json, read_json
 from merging.models.tokens import FLAGS, Tokens, backend
-from merging.models.vocabulary_sizes import vocabulary_sizes
 from merging.problems import Problems, some
 
 
@@ -25,11 +24,12 @@ def unite(
     donor: Checkpoint,
     others: Sequence[Checkpoint],
     tokens: Mapping[Checkpoint, Tokens | None],
+    rows: Mapping[Checkpoint, int],
     trust: bool = False,
 ) -> Union:
     """Add to the donor's tokenizer what others added to theirs, in the order of the models.
 
-    The ids of the donor stay. Only tokens that have a row in their model are added, and a piece of
+    The ids of the donor stay. `rows` says how many each model has; only tokens that have a row in their model are added, and a piece of
     the donor's vocabulary that is a special token elsewhere becomes one, at its id. Raises
     Problems.
     """
@@ -41,10 +41,9 @@ def unite(
     of_models: dict[str, list[str]] = {}
     for other in others:
         found = tokens[other] or Tokens({})
-        rows = max(vocabulary_sizes(other.config).values(), default=0)
         for content in sorted(found.added.keys() & found.ids.keys(), key=found.ids.__getitem__):
             flags = found.added[content]
-            if content not in own.ids and content not in new and found.ids[content] < rows:
+            if content not in own.ids and content not in new and found.ids[content] < rows[other]:
                 new[content] = flags
                 of_models.setdefault(other.name, []).append(content)
             elif content in own.ids and content not in own.added and flags.special:

@@ -106,12 +106,22 @@ def _union(
     sides: Set[str],
     trust: bool,
 ) -> Union:
-    if sides != {""}:
+    apart = {s for s in sides if s and any((c.folder / s).is_file() for c in everyone)}
+    if apart or not sides:
         raise Problems(
-            f"--tokenizer union: {structure.cls.__name__} has not one vocabulary of tokens "
-            f"({some(sides) or 'none'})"
+            f"--tokenizer union: {structure.cls.__name__} has no tokens, or several vocabularies "
+            f"({some(apart) or 'none'}); name one of the models"
         )
-    return unite(everyone[0], everyone[1:], texts, trust)
+    rows = {model: _rows(structure, model) for model in everyone}
+    return unite(everyone[0], everyone[1:], texts, rows, trust)
+
+
+def _rows(structure: Structure, model: Checkpoint) -> int:
+    """Return how many rows the embedding of a model has."""
+    embedding = structure.embedding_name(model.tensors)
+    if embedding is not None:
+        return model.tensors[embedding].shape[0]
+    return max(vocabulary_sizes(model.config).values(), default=0)
 
 
 def _wanted(owner: Checkpoint, tokens: AllTokens, union: Union | None, recipe: Recipe) -> Wanted:
@@ -121,7 +131,7 @@ def _wanted(owner: Checkpoint, tokens: AllTokens, union: Union | None, recipe: R
     if union is None:
         return Wanted(owner, ids, multiple=multiple)
     added = {token: union.tokens.ids[token] for new in union.new.values() for token in new}
-    return Wanted(owner, {"": union.tokens.ids}, added, multiple)
+    return Wanted(owner, dict.fromkeys(ids, union.tokens.ids), added, multiple)
 
 
 def _matching(
