@@ -29,9 +29,9 @@ def unite(
 ) -> Union:
     """Add to the donor's tokenizer what others added to theirs, in the order of the models.
 
-    The ids of the donor stay. `rows` says how many each model has; only tokens that have a row in their model are added, and a piece of
-    the donor's vocabulary that is a special token elsewhere becomes one, at its id. Raises
-    Problems.
+    The ids of the donor stay. `rows` says how many each model has: only tokens that have one are
+    added. A piece of the donor's vocabulary that is a special token elsewhere becomes one, at its
+    id. Raises Problems.
     """
     own = tokens[donor]
     if own is None:
