@@ -272,7 +272,7 @@ def test_files_of_a_chosen_model_are_copied_byte_for_byte(
     assert f"tokenizer: that of {names[1]}\n" in text
     assert f"chat template: that of {names[1]}\n" in text
     assert "2 tokens that" in text and "are the weighted mean of the models that have them" in text
-    assert f"warning: tokens of the chat of {names[2]} are dropped: '<|tool|>';" in text
+    assert f"warning: chat tokens of {names[2]} are dropped: '<|tool|>';" in text
 
 
 def test_what_a_chat_needs_is_told_when_it_is_dropped(
@@ -283,7 +283,7 @@ def test_what_a_chat_needs_is_told_when_it_is_dropped(
     assert main.main([*command("ties", output, names), "--dry-run"]) == 0
     text = capsys.readouterr().err
     assert (
-        f"warning: tokens of the chat of {names[1]} are dropped: '<|im_start|>', '<|im_end|>'; "
+        f"warning: chat tokens of {names[1]} are dropped: '<|im_start|>', '<|im_end|>'; "
         f"--tokenizer union keeps them, --tokenizer {names[1]} takes its tokenizer\n"
     ) in text
     assert f"chat template: none; that of {names[1]} needs '<|im_start|>', '<|im_end|>'" in text
@@ -301,7 +301,7 @@ def test_plain_words_of_a_template_are_dropped_by_name(
     base = str(save_model(make, tmp_path / "base", 0, llama_like()))
     other = str(save_model(make, tmp_path / "chat", 1, chat, template="Q: {{ messages[0] }}"))
     assert main.main([*command("linear", output, [base, other]), "--dry-run"]) == 0
-    assert f"of the chat of {other} are dropped: 'Q:'; --tokenizer" in capsys.readouterr().err
+    assert f"chat tokens of {other} are dropped: 'Q:'; --tokenizer" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------- unions

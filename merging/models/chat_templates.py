@@ -46,6 +46,7 @@ def read_template(model: Checkpoint) -> Template | None:
         for name, path in files.items():
             if Path(name).parent.name == OTHERS_FILES:
                 texts.setdefault(path.stem, read_text(path))
+        "".join(texts.values()).encode()
     except (Problems, OSError, ValueError):
         return None
     return Template(texts, model) if "default" in texts else None
@@ -176,10 +177,10 @@ def template_files(
     own = files_of_a_model(owner.folder, owner.folder)
     left_out = [name for name in own if "chat_template" in name]
     start = _settings(template, owner)
-    files = {OWN_FILE: (start + template.texts["default"]).encode()}
+    files = {OWN_FILE: start + template.texts["default"].encode()}
     for name, text in template.texts.items():
         if name != "default" and NAME.fullmatch(name):
-            files[f"{OTHERS_FILES}/{name}.jinja"] = (start + text).encode()
+            files[f"{OTHERS_FILES}/{name}.jinja"] = start + text.encode()
     config = "tokenizer_config.json"
     if config in own:
         content = json.loads(made[config]) if config in made else read_json(owner.name, own[config])
@@ -188,14 +189,15 @@ def template_files(
     return files, left_out
 
 
-def _settings(template: Template, owner: Checkpoint) -> str:
+def _settings(template: Template, owner: Checkpoint) -> bytes:
     """Return what makes a template write its own tokens where it names them by role."""
     if template.owner is None or template.owner is owner:
-        return ""
+        return b""
     theirs, own = roles(template.owner.folder), roles(owner.folder)
     named = [role for role in ROLES if re.search(rf"\b{role}\b", template.whole)]
-    return "".join(
+    settings = [
         f"{{%- set {role} = {json.dumps(theirs[role], ensure_ascii=False)} %}}{{{{- '' }}}}"
         for role in named
         if role in theirs and theirs[role] != own.get(role)
-    )
+    ]
+    return "".join(settings).encode("utf-8", "backslashreplace")

@@ -140,7 +140,8 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def as_json(content: Mapping[str, Any]) -> bytes:
     """Return what a JSON file of a model holds."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # of half a surrogate pair, what JSON writes
 
 
 def _check_config(model: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from merging.models.tokens import Tokens
 from merging.models.vocabularies import Match, Vocabulary
 from merging.problems import printable, some
 
+MOST_NAMED = 50  # tokens in a line
 # Tokens that mark the turns of a chat, as their makers call them.
 TURN_MARKER = re.compile(
     r"[<\[{]\S*(im_start|im_end|im_sep|turn|header|eot|eom|inst|user|assistant|system|human|bot|role"
@@ -93,8 +94,9 @@ def lost_markers(
         return []
     remedy = f"--tokenizer {model.name} takes its tokenizer"
     remedy = remedy if is_union else f"--tokenizer union keeps them, {remedy}"
-    named = ", ".join(printable(repr(token)) for token in lost)
-    return [f"warning: tokens of the chat of {model.name} are dropped: {named}; {remedy}"]
+    named = ", ".join(printable(repr(token)) for token in lost[:MOST_NAMED])
+    named += f" and {len(lost) - MOST_NAMED} more" * (len(lost) > MOST_NAMED)
+    return [f"warning: chat tokens of {model.name} are dropped: {named}; {remedy}"]
 
 
 def other_kinds(models: Mapping[Checkpoint, Tokens], output: Tokens, owner: str) -> Iterable[str]:
