@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, fails, loads_clean, stored, word_level
+from helpers import Make, fails, loads_clean, rewrite, stored, word_level
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 import main
 from merging.models.vocabulary_rows import own_weights
+from merging.recipes.declarations import OPTIONAL, ORIGIN, Method
+from merging.recipes.methods import METHODS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHAT = [{"role": "user", "content": "The cat sat.\nDid it?"}]
@@ -164,6 +166,8 @@ def expected(
     base, *others = (torch.stack(rows) for rows in zip(*shared, strict=True))
     if method == "ties":
         result = ties_oracle(base, others, weights, [0.4] * len(others), True, False)
+    elif method == "dare_ties":  # of density 1, which drops nothing
+        result = ties_oracle(base, others, weights, [1.0] * len(others), False, False)
     elif method == "slerp":
         result = slerp_oracle(base, others[0], 0.3)
     else:
@@ -194,8 +198,9 @@ def command(method: str, output: Path, names: Sequence[str]) -> list[str]:
     merges = [
         ["--merge", name, "--weight", str(w)] for name, w in zip(others, (1, 0.5), strict=False)
     ]
-    if method == "ties":
-        start = ["--base-model", base, "--density", "0.4"]
+    if method in ("ties", "dare_ties"):
+        density = "0.4" if method == "ties" else "1"
+        start = ["--method", method, "--base-model", base, "--density", density]
     else:
         start = ["--method", method, "--merge", base, "--weight", "1"]
     return [str(output), *start, *(word for merge in merges for word in merge)]
@@ -204,12 +209,20 @@ def command(method: str, output: Path, names: Sequence[str]) -> list[str]:
 # -------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("method", ["ties", "linear", "slerp"])
+CASES = [
+    *(
+        (kind, method, False)
+        for kind in KINDS
+        for method in ("ties", "linear", "slerp", "dare_ties")
+    ),
+    *(("qwen", method, True) for method in ("ties", "linear")),
+]
+
+
 @pytest.mark.parametrize("choice", ["chat", "union"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "method", "tied"), CASES)
 def test_every_row_of_a_choice(
-    kind: str, choice: str, method: str, tied: bool, make: Make, tmp_path: Path, output: Path
+    kind: str, method: str, tied: bool, choice: str, make: Make, tmp_path: Path, output: Path
 ) -> None:
     names = family(make, tmp_path, kind, arch="llama-tied" if tied else "llama")
     names = names[:2] if method == "slerp" else names
@@ -255,6 +268,68 @@ def assert_talks_like(output: Path, chat: str, exactly: bool) -> None:
     with torch.no_grad():
         found = model.generate(**inputs, logits_processor=[three_then_end], max_new_tokens=9)
     assert found[0, start:].tolist() == [5, 5, 5, end]
+
+
+def aligned_by_hand(folder: Path, names: Sequence[str], output: Path) -> list[str]:
+    """Save the models with the output's tokenizer and rows; zeros where the first has none."""
+    token_of = {number: token for token, number in ids_of(output).items()}
+    config = json.loads((output / "config.json").read_text())
+    made = []
+    for number, name in enumerate(names):
+        tensors = stored(Path(name))
+        for key in (EMBEDDING, HEAD):
+            pair = [Rows(names[0], key), Rows(name, key)]
+            rows = []
+            for i in range(config["vocab_size"]):
+                base, own = (model.of(token_of.get(i), i) for model in pair)
+                zero = torch.zeros(config["hidden_size"])
+                rows.append(zero if base is None else base if own is None else own)
+            tensors[key] = torch.stack(rows)
+        made.append(str(rewrite(Path(name), folder / str(number), tensors)))
+        (folder / str(number) / "config.json").write_text(json.dumps(config))
+        shutil.copy(output / "tokenizer.json", folder / str(number))
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method(method: Method, make: Make, tmp_path: Path, output: Path) -> None:
+    """Rows of the base are what it makes of matched models; tokens of one model are as it has them.
+
+    The weighted mean of rows that two models have is that of `own_weights`, above.
+    """
+    names = family(make, tmp_path, "unigram")
+    names = names[: 2 if method.models[1] == 1 else 3]
+
+    def run(target: Path, models: Sequence[str], *options: str) -> None:
+        given = [str(target), "--method", method.name, *options]
+        for parameter in method.parameters:
+            if parameter.default is None and not parameter.per_model:
+                given += [parameter.option, "0.3"]
+        has_base = method.base in (ORIGIN, OPTIONAL)
+        given += ["--base-model", models[0]] if has_base else []
+        for i, model in enumerate(
+            models[has_base : 2 if method.models[1] == 2 and not has_base else 3]
+        ):
+            given += ["--merge", model]
+            for parameter in method.parameters:
+                if parameter.per_model and parameter.default is None:
+                    given += [parameter.option, str((0.5, 0.4, 0.7)[i])]
+        assert main.main(given) == 0
+
+    run(output, names, "--tokenizer", "union")
+    run(tmp_path / "by-hand", aligned_by_hand(tmp_path / "made", names, output))
+    found, oracle = stored(output), stored(tmp_path / "by-hand")
+    assert found.keys() == oracle.keys()
+    for name in found.keys() - {EMBEDDING, HEAD}:
+        assert torch.equal(found[name], oracle[name]), name
+    ids, own = ids_of(output), [Rows(name, EMBEDDING) for name in names]
+    for token, number in ids.items():
+        if (row := own[0].of(token, number)) is None:
+            row = next(r for rows in own[1:] if (r := rows.of(token, number)) is not None)
+            assert torch.equal(found[EMBEDDING][number], row)
+        else:
+            assert torch.equal(found[EMBEDDING][number], oracle[EMBEDDING][number])
+    assert any(own[0].of(token, number) is None for token, number in ids.items())
 
 
 def test_files_of_a_chosen_model_are_copied_byte_for_byte(
