@@ -12,7 +12,6 @@ from merging.problems import Problems
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MISSING = -1
-MEAN_OF = 1 << 12  # entries of a tensor that are summed at a time
 
 
 class WatchedFile:
@@ -115,27 +114,11 @@ def _gathered(tensor: Tensor, dim: int, rows: Tensor) -> Tensor:
     return found.index_fill_(dim, (rows < 0).nonzero().flatten(), 0)
 
 
-def mean_row(tensor: LazyTensor, dim: int, count: int) -> LazyTensor:
-    """Return `count` entries along `dim` that are each the mean of those of a tensor."""
-
-    def read() -> Tensor:
-        values, size = tensor.read(), tensor.shape[dim]
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, size, MEAN_OF):
-            part = values.narrow(dim, start, min(MEAN_OF, size - start))
-            total = total + part.double().sum(dim, keepdim=True)
-        mean = (total / size).to(tensor.dtype)
-        return mean.repeat_interleave(count, dim)
-
-    shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
-    return LazyTensor(f"the mean of {tensor.label}", shape, tensor.dtype, read, (tensor,))
-
-
 @dataclass(frozen=True, eq=False)
 class OwnRows:
     """Entries along a dimension of a merged tensor that its base lacks: a mean of others'."""
 
     dim: int
     places: tuple[int, ...]  # of the entries
-    sources: tuple[LazyTensor, ...]  # of these entries alone
+    sources: tuple[LazyTensor, ...]  # of these entries alone; none: the merged tensor's others
     weights: tuple[float, ...]

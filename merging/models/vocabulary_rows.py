@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from merging.models.checkpoints import Checkpoint
-from merging.models.tensors import MISSING, LazyTensor, OwnRows, mean_row, with_rows
+from merging.models.tensors import MISSING, LazyTensor, OwnRows, with_rows
 from merging.problems import Problems
 
 Rows = list[int] | None  # which of a model's rows the output's rows are; None: the same
@@ -60,7 +60,7 @@ class Matcher:
         )
         like = first if base is None else with_rows(first, dim, base_rows)
         candidates = (pairs, self._others(operands, key))
-        return Matched(like, sources, own_rows(first, dim, absent, candidates, weights))
+        return Matched(like, sources, own_rows(dim, absent, candidates, weights))
 
     def _alone(self, model: Checkpoint, name: str, dim: int) -> LazyTensor:
         """Return a tensor with the output's rows, of a role that the donor has no tensor of."""
@@ -112,7 +112,6 @@ def _row(tensor: LazyTensor, rows: Rows, dim: int, i: int) -> int:
 
 
 def own_rows(
-    base: LazyTensor,
     dim: int,
     absent: Sequence[int],
     candidates: tuple[Operands, Operands],
@@ -120,8 +119,8 @@ def own_rows(
 ) -> tuple[OwnRows, ...]:
     """Say what the rows are made of that the base lacks: of the models that have each.
 
-    Those are looked for among the operands, then, with equal weights, among the other models. A row
-    that none has, of padding, is the mean of the base's rows: its logit is never the largest.
+    Those are looked for among the operands, then, with equal weights, among the other models. Rows
+    that none has, of padding, come last.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     tensors = [*candidates[0], *candidates[1]]
@@ -130,13 +129,12 @@ def own_rows(
         operands = [k for k in having if k < len(candidates[0])]
         groups.setdefault(tuple(operands or having), []).append(i)
     own = []
-    for chosen, places in groups.items():
+    for chosen, places in sorted(groups.items(), key=lambda group: not group[0]):
         sources = [
             with_rows(tensor, dim, [_row(tensor, rows, dim, i) for i in places])
             for tensor, rows in (tensors[k] for k in chosen)
         ]
-        factors = own_weights(weights, chosen, len(candidates[0])) if chosen else (1.0,)
-        sources = sources or [mean_row(base, dim, len(places))]
+        factors = own_weights(weights, chosen, len(candidates[0]))
         own.append(OwnRows(dim, tuple(places), tuple(sources), factors))
     return tuple(own)
 

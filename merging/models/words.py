@@ -64,20 +64,28 @@ def settle_words(
     chat = choose_template(recipe.chat_template, everyone, owner, texts, output)
     if recipe.embedding_source is None:  # a merge, whose command has options for it
         notes += _token_lines(everyone, owner, texts, output, union is not None)
-    files: dict[str, bytes] = dict(union.files if union else {})
-    left_out: list[str] = []
+    ends, lines = _ends(chat, owner, texts, output)
+    files, left_out = _files(union, chat, owner, ends)
+    values = _ids(structure.config, owner) if owner is not donor else {}
+    sizes = vocabulary_sizes(donor.config)
+    values |= {key: size for key, size in matching.sizes.items() if size != sizes[key]}
+    notes += [*chat.notes, *lines]
+    return Words(matching.matcher, owner, files, left_out, values, ends, notes)
+
+
+def _files(
+    union: Union | None, chat: Chat, owner: Checkpoint, ends: Sequence[int]
+) -> tuple[dict[str, bytes], Sequence[str]]:
+    """Return the files that are written anew, and which of the owner's are left out."""
+    files: dict[str, bytes] = {} if union is None else dict(union.files)
+    left_out: Sequence[str] = ()
     if chat.template is not None and chat.template.owner is not owner:
         more, left_out = template_files(chat.template, owner, files)
         files |= more
-    ends, lines = _ends(chat, owner, texts, output)
     if ends and (owner.folder / GENERATION_CONFIG).is_file():
         content = read_json(owner.name, owner.folder / GENERATION_CONFIG)
         files[GENERATION_CONFIG] = as_json(content | {"eos_token_id": ends})
-    values = _ids(structure.config, owner) if owner is not donor else {}
-    sizes = vocabulary_sizes(donor.config)
-    values |= {key: n for key, n in matching.sizes.items() if n != sizes[key]}
-    lines = [*notes, *chat.notes, *lines]
-    return Words(matching.matcher, owner, files, left_out, values, ends, lines)
+    return files, left_out
 
 
 def _owner(recipe: Recipe, everyone: Sequence[Checkpoint]) -> Checkpoint:
@@ -207,8 +215,9 @@ def _ends(
             found.append(output.ids.get(token or "", number))
     if {*found} <= {*own}:
         return [], lines
-    ends = list(dict.fromkeys([*found, *own]))
-    return ends, [*lines, f"ends: at {', '.join(map(str, ends))}, those of {giver.name} first"]
+    ends, names = list(dict.fromkeys([*found, *own])), {i: t for t, i in output.ids.items()}
+    listed = ", ".join(f"{names[i]!r} ({i})" if i in names else str(i) for i in ends)
+    return ends, [*lines, f"generation ends at {listed}, as that of {giver.name}"]
 
 
 def end_ids(model: Checkpoint) -> list[int]:

@@ -81,7 +81,7 @@ def lines(plan: Plan) -> str:
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {tensor.call}, "
         + ", ".join(source.label for source in tensor.sources)
         + "".join(
-            f"; {len(own.places)} rows of {', '.join(source.label for source in own.sources)}"
+            f"; {len(own.places)} rows of {', '.join(s.label for s in own.sources) or 'padding'}"
             for own in tensor.own_rows
         )
         for name, tensor in plan.tensors.items()
