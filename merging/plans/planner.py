@@ -41,7 +41,10 @@ def plan_model(
     models = {name: structure.renamed(model) for name, model in models.items()}
     lay_out = stacked_layers if recipe.is_stack else whole_models
     layout = lay_out(recipe, models, structure)
-    words = settle_words(structure, layout.vocabularies, recipe, trust_remote_code)
+    speakers = list(layout.vocabularies)
+    if recipe.tokenizer is not None or recipe.chat_template not in ("auto", "donor"):
+        speakers += models.values()  # of a stack, those in its middle too
+    words = settle_words(structure, speakers, recipe, trust_remote_code)
     notes = list(words.notes)
     tensors: dict[str, PlannedTensor] = {}
     refusals: list[str] = []

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+WORD_OPTIONS = ("--tokenizer", "--pad-to-multiple-of", "--chat-template")
 LARGEST_MULTIPLE = 1 << 16
 
 
@@ -25,7 +26,6 @@ def add_word_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template",
         metavar="{auto,donor,MODEL,FILE}",
-        default="auto",
         help="whose chat template the output has; auto: the tokenizer's own, else the donor's, "
         "else that of the others, if those that have one agree (default: auto)",
     )
@@ -42,14 +42,17 @@ def word_wishes(
     arguments: argparse.Namespace, models: Sequence[str], problems: list[str]
 ) -> dict[str, Any]:
     """Return what a recipe is told of them, and add what is wrong to the problems."""
-    wish, template = arguments.tokenizer, arguments.chat_template
+    wish, template = arguments.tokenizer, arguments.chat_template or "auto"
     if wish not in (None, "base", "union", *models):
         problems.append(
             f"--tokenizer {wish}: expected base, union, or a model that is merged: "
             f"{', '.join(models)}"
         )
     if not arguments.copy_tokenizer:
-        given = [("--tokenizer", wish is not None), ("--chat-template", template != "auto")]
+        given = [
+            ("--tokenizer", wish is not None),
+            ("--chat-template", arguments.chat_template is not None),
+        ]
         problems += [
             f"{option} asks for what --no-copy-tokenizer leaves out; give one of them"
             for option, is_given in given
