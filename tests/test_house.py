@@ -106,6 +106,12 @@ def test_rows_are_found_by_their_names() -> None:
     assert PASSTHROUGH.name not in METHODS
 
 
+def test_the_readme_has_no_other_rows() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| `--method` |")[1].split("\n\n")[0]
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == [*METHODS]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_readme_has_the_row(name: str) -> None:
     row = METHODS[name]

@@ -16,7 +16,7 @@ from merging.recipes.merge_options import build_parser
 from merging.recipes.methods import METHODS, PASSTHROUGH
 from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import Factors, Schedule, interpolate, parse_values
-from merging.recipes.recipe import Recipe
+from merging.recipes.recipe import Recipe, described, table
 from merging.recipes.stack_files import read_stack
 
 ROOT = Path(main.__file__).parent
@@ -160,6 +160,52 @@ def test_ties_needs_a_base_and_slerp_two_models() -> None:
         resolved("--method", "slerp", "--merge", "a", "--weight", "0.5")
     with pytest.raises(Problems, match="one --weight"):
         resolved(*"--method slerp --merge a --weight 0.5 --merge b --weight 0.5".split())
+
+
+def test_the_table_says_which_model_is_which() -> None:
+    given = "--method slerp --merge a --merge b --weight 0.3".split()
+    assert table(resolved(*given)).splitlines() == [
+        "method: slerp, t = 0.3",
+        "model",
+        "a      t = 0",
+        "b      t = 1",
+    ]
+    given = "--base-model o --merge a --weight mlp:2 --weight 1 --no-normalize --lambda 0.5".split()
+    assert table(resolved(*given)).splitlines() == [
+        "method: ties, not normalized, trim_scope = tensor, lambda = 0.5",
+        "model  weight   density",
+        "o      base",
+        "a      mlp:2 1  0.33",
+    ]
+
+
+def test_a_description_says_how_a_recipe_departs_from_the_equation() -> None:
+    ties = METHODS["ties"].equation
+    given = ["--base-model", "o", "--merge", "a"]
+    assert described(resolved(*given)) == ties
+    departing = resolved(*given, "--no-normalize", "--naive-count")
+    assert described(departing) == f"{ties}; here not normalized, naive count"
+
+
+def test_a_missing_model_and_a_missing_base_are_reported_together() -> None:
+    with pytest.raises(Problems, match=r"(?s)2 problems.*needs --base-model.*no model to merge"):
+        resolved()
+
+
+def test_weights_beyond_float32_are_taken_if_they_are_normalised() -> None:
+    given = ["--base-model", "o", "--merge", "a", "--weight", "1e35"]
+    assert resolved(*given).slices[0].sources[0].values["weight"] == Schedule((1e35,))
+    with pytest.raises(Problems, match="too large, expected at most 1e30"):
+        resolved(*given, "--no-normalize")
+
+
+def test_help_of_a_method_shows_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--method", "dare_ties", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--seed N" in shown and "--density D" in shown and "(DARE, https://arxiv.org" in shown
+    hidden = ["--gamma", "--epsilon", "--naive-count", "--select-topk", "--trim-scope", "methods:"]
+    assert not [option for option in hidden if option in shown]
 
 
 def test_all_bad_settings_are_reported_together() -> None:

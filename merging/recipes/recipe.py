@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merging.recipes.declarations import DONOR, OPTIONAL, ORIGIN, Method, Parameter
+from merging.recipes.declarations import DONOR, OPERAND, OPTIONAL, ORIGIN, Method, Parameter
 from merging.recipes.numbers import Factors, Schedule
 
 Value = Schedule | Factors | bool | int | str | float | None  # a number, a switch, seed or choice
@@ -121,6 +121,18 @@ def random_key(seed: int, name: str, model: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def described(recipe: Recipe) -> str:
+    """Return the method's equation, and how this recipe departs from it."""
+    changed = [
+        parameter.words[bool(value)] or f"without {parameter.name}"
+        for parameter in recipe.method.parameters
+        if parameter.is_switch
+        and (value := recipe.values.get(parameter.name, parameter.default)) != parameter.default
+    ]
+    here = f"; here {', '.join(changed)}" if changed else ""
+    return f"{recipe.method.equation}{here}"
+
+
 def table(recipe: Recipe) -> str:
     """Return a recipe as text, one model or slice a line."""
     return _stack_table(recipe) if recipe.is_stack else _merge_table(recipe)
@@ -130,12 +142,13 @@ def _merge_table(recipe: Recipe) -> str:
     of_models = [p for p in recipe.method.parameters if p.per_model]
     rows = [("model", *(p.name for p in of_models))]
     if recipe.base is not None:
-        role = "donor only" if recipe.method.base == DONOR else "base"
-        rows.append((recipe.base, role))
+        rows.append((recipe.base, "donor only" if recipe.method.base == DONOR else "base"))
     rows += [
         (source.model, *(str(source.values[p.name]) for p in of_models))
         for source in recipe.slices[0].sources
     ]
+    if recipe.method.base == OPERAND:
+        rows = [rows[0], *((*row[:1], f"t = {t}") for t, row in enumerate(rows[1:]))]
     line = [recipe.method.name]
     for parameter in recipe.method.parameters:
         value = recipe.values.get(parameter.name)

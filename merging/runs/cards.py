@@ -16,7 +16,7 @@ from yaml import YAMLError
 from merging.models.checkpoints import Checkpoint
 from merging.models.hub import origin
 from merging.recipes.model_names import split_adapter
-from merging.recipes.recipe import Recipe, table
+from merging.recipes.recipe import Recipe, described, table
 from merging.recipes.user_files import read_text
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
@@ -54,7 +54,7 @@ def model_card(
         f"# {_code(title)}",
         "A merge of language models, tensor by tensor.",
         "## Method",
-        f"{method}: {recipe.method.equation}{link}",
+        f"{method}: {described(recipe)}{link}",
         _fenced("\n".join([table(recipe), *notes]), "text"),
         "## Models",
         "\n".join(models),
