@@ -40,6 +40,7 @@ DECODERS: dict[str, tf.PretrainedConfig] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
+    "phi": tf.PhiConfig(**_PLAIN),
     "opt": tf.OPTConfig(
         vocab_size=96,
         hidden_size=32,

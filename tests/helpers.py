@@ -104,11 +104,18 @@ def rewrite(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Pat
     return target
 
 
-def make_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """Save an adapter of random values, and the merged model that peft makes of it."""
+def make_adapter(
+    base: Path, folder: Path, seed: int = 0, rows: int | None = None, **settings: Any
+) -> Path:
+    """Save an adapter of random values, and the merged model that peft makes of it.
+
+    With `rows`, the base is given so many tokens before.
+    """
     torch.manual_seed(seed)
     dtype = tf.AutoConfig.from_pretrained(base).dtype
     model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if rows:
+        model.resize_token_embeddings(rows)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | settings
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     for parameter in wrapped.parameters():
@@ -116,6 +123,8 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Pa
             parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
     wrapped.save_pretrained(folder / "adapter")
     base_again = tf.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if rows:
+        base_again.resize_token_embeddings(rows)
     merged = peft.PeftModel.from_pretrained(base_again, folder / "adapter").merge_and_unload()
     merged.save_pretrained(folder / "merged", save_original_format=True)
     for file in base.glob("tokenizer*"):

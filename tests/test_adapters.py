@@ -5,15 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, fails, loads_clean, make_adapter, stored
+from architectures import OTHER_CLASSES
+from helpers import Make, fails, loads_clean, make_adapter, make_other, rewrite, stored, word_level
 from safetensors.torch import load_file, save_file
 
 import bakllama
 import main
 
+SAVED = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 QV = ["q_proj", "v_proj"]
 
 
@@ -26,6 +30,10 @@ def as_written(model: str, output: Path) -> dict[str, torch.Tensor]:
 def assert_like_peft(written: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
     """Compare with peft's model, within one rounding of the terms (in float32, of their sums)."""
     before, expected = stored(base), stored(folder / "merged")
+    saved = load_file(adapter) if (adapter := folder / "adapter" / SAVED).exists() else {}
+    for key, tensor in saved.items():  # embeddings of another number of rows, perhaps
+        name = key.removeprefix(PREFIX).replace(".base_layer", "")
+        before |= {name: tensor} if name in before else {}
     assert written.keys() == expected.keys()
     for name, tensor in written.items():
         assert tensor.dtype == expected[name].dtype
@@ -274,3 +282,173 @@ def test_a_base_that_stores_only_the_head_of_a_tie(
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, headed / "model.safetensors", metadata={"format": "pt"})
     assert_like_peft(as_written(f"{headed}+{adapter}", output), base, tmp_path)
+
+
+# -------------------------------------------------------------------- more tokens than the base
+
+
+BOTH = ["embed_tokens", "lm_head"]
+RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "not trained": ("llama", {}),
+    "whole": ("llama", {"modules_to_save": BOTH}),
+    "whole embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
+    "whole head": ("llama", {"modules_to_save": ["lm_head"]}),
+    "factors": ("llama", {"target_modules": [*QV, *BOTH]}),
+    "not trained, tied": ("llama-tied", {}),
+    "whole, tied": ("llama-tied", {"modules_to_save": BOTH}),
+    "whole embedding, tied": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+    "whole head, tied": ("llama-tied", {"modules_to_save": ["lm_head"]}),
+    "factors, tied": ("llama-tied", {"target_modules": [*QV, *BOTH]}),
+    "factors of the embedding, tied": ("llama-tied", {"target_modules": [*QV, "embed_tokens"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "per-token bias": ("phi", {"modules_to_save": BOTH}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [101, 90])
+@pytest.mark.parametrize("kind", RESIZED)
+def test_resized_embeddings_give_what_peft_merges(
+    kind: str,
+    rows: int,
+    make: Make,
+    tmp_path: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, settings = RESIZED[kind]
+    base = make(name, dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path, rows=rows, **settings)
+    written = as_written(f"{base}+{adapter}", output)
+    assert_like_peft(written, base, tmp_path)
+    expected = tf.AutoConfig.from_pretrained(tmp_path / "merged")
+    config = loads_clean(output).config
+    assert (config.vocab_size, config.tie_word_embeddings) == (rows, expected.tie_word_embeddings)
+    printed = capsys.readouterr().err
+    assert (
+        f"{base}+{adapter}: the adapter brings embeddings of {rows} rows; no tokenizer" in printed
+    )
+
+
+def with_words(folder: Path, words: list[str]) -> Path:
+    word_level(words).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resized_adapters_tokenizer_is_the_outputs(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokens name the rows: those of the model's own are known by them in another merge."""
+    words = [f"w{i}" for i in range(96)]
+    base = with_words(shutil.copytree(make("llama", dtype=torch.float32), tmp_path / "b"), words)
+    adapter = make_adapter(base, tmp_path, rows=98, modules_to_save=BOTH)
+    with_words(adapter, [*words[:96], "new", "newer"])
+    model = f"{base}+{adapter}"
+    assert_like_peft(as_written(model, output), base, tmp_path)
+    tokenizer = "tokenizer.json"
+    assert (output / tokenizer).read_bytes() == (adapter / tokenizer).read_bytes()
+    assert "98 rows; the tokenizer is that in the adapter's folder" in capsys.readouterr().err
+
+    # As a model to merge, with a base whose rows are in another order and that knows one new token.
+    shuffled = torch.randperm(97, generator=torch.Generator().manual_seed(3)).tolist()
+    tensors, known = stored(base), [*words, "new"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.ones(1, 32)])[shuffled]
+    other = with_words(rewrite(base, tmp_path / "o", tensors), [known[i] for i in shuffled])
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 97}))
+    merge = ["--base-model", other, "--method", "linear", "--merge", model, "--weight", "1"]
+    assert main.main([str(a) for a in [tmp_path / "second", *merge]]) == 0
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected = stored(tmp_path / "merged")[name][shuffled]
+        torch.testing.assert_close(stored(tmp_path / "second")[name], expected, rtol=0, atol=0)
+    assert f"1 tokens of {model} are dropped ('newer')" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_that_an_adapter_adds_in_spare_rows_are_named_by_its_tokenizer(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"w{i}" for i in range(90)]
+    base = with_words(shutil.copytree(make("llama", dtype=torch.float32), tmp_path / "b"), words)
+    adapter = make_adapter(base, tmp_path, modules_to_save=["embed_tokens"])
+    for tokens, is_other in ((words, False), ([*words, "new"], True)):
+        with_words(adapter, tokens)
+        as_written(f"{base}+{adapter}", output)
+        assert word_count(output) == len(tokens)
+        printed = capsys.readouterr().err
+        assert ("the tokenizer is that in the adapter's folder" in printed) == is_other
+        shutil.rmtree(output)
+
+
+def word_count(folder: Path) -> int:
+    return len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_under_resized_embeddings_can_be_stacked(
+    make: Make, tmp_path: Path, output: Path
+) -> None:
+    base = make("llama", dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path, rows=99, modules_to_save=BOTH)
+    with_words(adapter, [f"w{i}" for i in range(99)])
+    stack = tmp_path / "stack.yml"
+    stack.write_text(
+        f"layer_slices: [{{model: {base}, start: 0, end: 2}}]\n"
+        f"embedding_source: {base}+{adapter}\nlm_head_source: {base}+{adapter}"
+    )
+    assert bakllama.main([str(stack), str(output)]) == 0
+    assert loads_clean(output).config.vocab_size == 99
+    head = "lm_head.weight"
+    assert torch.equal(stored(output)[head], stored(tmp_path / "merged")[head])
+    assert word_count(output) == 99
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_rows_that_nobody_brings_are_refused(
+    name: str, make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make(name, dtype=torch.float32)
+    adapter = make_adapter(base, tmp_path, rows=100, modules_to_save=["embed_tokens"])
+    change_tensors(adapter, lambda t: [t.pop(key) for key in list(t) if "lm_head" in key])
+    merge = ["--method", "linear", "--merge", f"{base}+{adapter}", "--weight", "1"]
+    text = fails(capsys, output, *merge)
+    assert "lm_head.weight 96, model.embed_tokens.weight 100" in text
+    wide = torch.ones(100, 31)
+    change_tensors(adapter, lambda t: t.update({f"{PREFIX}model.embed_tokens.weight": wide}))
+    text = fails(capsys, output, *merge)
+    assert "model.embed_tokens.weight is (100, 31) in the adapter, the model has (96, 32)" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [100, 90])
+@pytest.mark.parametrize(
+    "name, target", [("bart", "q_proj"), ("t5", "q"), ("bert masked", "query")]
+)
+def test_resized_embeddings_of_other_classes(
+    name: str, target: str, rows: int, tmp_path: Path, output: Path
+) -> None:
+    """Encoders and decoders share one embedding, which the adapter names once; biases grow too."""
+    base, cls = tmp_path / "base", OTHER_CLASSES[name][0]
+    tensors = make_other(name, 0, base)
+    tensors |= {n: torch.randn(t.shape) for n, t in tensors.items() if n == "final_logits_bias"}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    def resized() -> tf.PreTrainedModel:
+        model = cls.from_pretrained(base, dtype=torch.float32)
+        model.resize_token_embeddings(rows)
+        return model
+
+    config = peft.LoraConfig(target_modules=[target], base_model_name_or_path=str(base))
+    wrapped = peft.get_peft_model(resized(), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", save_original_format=True)
+    written = as_written(f"{base}+{tmp_path / 'adapter'}", output)
+    expected = stored(tmp_path / "merged")
+    assert written.keys() == expected.keys()
+    for tensor in expected:
+        torch.testing.assert_close(written[tensor].float(), expected[tensor], rtol=2**-7, atol=0)
+    loads_clean(output, cls)

@@ -242,8 +242,10 @@ def test_an_adapter(make: Make, hub: Hub, run: Run, tmp_path: Path) -> None:
     files = {
         "adapter_config.json": json.dumps(config).encode(),
         "adapter_model.safetensors": (tmp_path / "a.safetensors").read_bytes(),
+        "tokenizer.json": b"{}",
         "optimizer.pt": b"optimizer",
         "checkpoint-5/adapter_model.safetensors": b"earlier",
+        "checkpoint-5/tokenizer.json": b"{}",
     }
     hub.add("org/lora", files)
     outcome = run(*copy_of("org/model+org/lora"))
@@ -251,7 +253,8 @@ def test_an_adapter(make: Make, hub: Hub, run: Run, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = (stored(make("llama", 1))[name].double() + 2).bfloat16()
     assert torch.equal(stored(run.folder / "out")[name], expected)
-    assert hub.downloaded("org/lora") == {"adapter_config.json", "adapter_model.safetensors"}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert hub.downloaded("org/lora") == expected
 
 
 def test_configs_are_compared_before_weights_come(make: Make, hub: Hub, run: Run) -> None:

@@ -3,9 +3,11 @@
     W + scale * B A,   scale = alpha / r, or alpha / sqrt(r) with rsLoRA    (arXiv 2106.09685)
 
 rounded once to the dtype of W, as peft's merge_and_unload has it. Tensors that the adapter holds
-whole (modules_to_save, biases) replace the model's.
+whole (modules_to_save, biases) replace the model's; embeddings among them may have more rows, or
+fewer, as after resize_token_embeddings.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,8 @@ from merging.models.folders import ADAPTER_CONFIG, adapter_weights, read_json
 from merging.models.patterns import first_matches
 from merging.models.structure import Structure
 from merging.models.tensors import LazyTensor
+from merging.models.tokens import has_tokenizer, read_tokens
+from merging.models.vocabulary_sizes import PADDED, changed_rows
 from merging.models.weight_files import read_file
 from merging.problems import Problems, collecting, refuse, some
 from merging.recipes.yaml_files import is_number
@@ -67,25 +71,81 @@ def adapted(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool = Fals
     asked = [*whole.values(), *(f"{module}.weight" for module in factors)]
     names = _Names(structure, checkpoint, asked)
 
-    tensors = {n: tensor for n, tensor in checkpoint.tensors.items() if n not in tied}
-    replaced: set[str] = set()
-    # The weights under factors come last: a tied head's is the embedding, unless that is replaced.
-    for key, parameter in sorted(whole.items(), key=lambda item: ".base_layer." in item[0]):
-        name = names.stored(parameter)
-        of_base = ".base_layer." in key
-        place = tied[name] if of_base and name in tied and tied[name] not in replaced else name
-        original = checkpoint.tensors.get(tied.get(name, name))
-        if problem := _misfit(key, stored[key], original):
-            problems.append(problem)
-        elif original is not None:
-            tensors[place] = _cast(stored[key], original.dtype)
-            replaced |= set() if of_base else {place}
-    untied = _untie(checkpoint, tensors, tied, replaced)
-    unfit = _apply(factors, stored, tensors, tied, names, config)
-    refuse([f"{checkpoint.name}: {problem}" for problem in problems + unfit])
-    changes = {"tie_word_embeddings": False} if untied else {}
+    tensors, untied, strangers = _with_whole(checkpoint, stored, whole, names, tied, config)
+    problems += strangers
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    with collecting(problems):
+        if rows := changed_rows(structure, checkpoint, tensors):
+            changes["vocab_size"] = rows
+            tensors |= {n: _padded(t, rows) for n, t in tensors.items() if n.endswith(PADDED)}
+    problems += _apply(factors, stored, tensors, tied, names, config)
+    refuse([f"{checkpoint.name}: {problem}" for problem in problems])
     config_after = changed_config(checkpoint.config, **changes) if changes else checkpoint.config
-    return replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
+    after = replace(checkpoint, config=config_after, tensors=tensors, adapter=folder)
+    embedding = structure.embedding_name(checkpoint.tensors) or ""
+    is_other = tensors.get(embedding) is not checkpoint.tensors.get(embedding)
+    return _with_tokenizer(after, changes.get("vocab_size"), is_other, trust_remote_code)
+
+
+def _with_tokenizer(
+    checkpoint: Checkpoint, rows: int | None, has_embedding: bool, trust: bool
+) -> Checkpoint:
+    """Give an adapted checkpoint the tokenizer in the adapter's folder, if it has other tokens.
+
+    It belongs to the embedding that the adapter changes, perhaps to another number of `rows`.
+    """
+    folder = checkpoint.adapter
+    if folder is None or not (rows or has_embedding):
+        return checkpoint
+    resized = f"the adapter brings embeddings of {rows} rows" if rows else ""
+    if not has_tokenizer(folder):
+        used, instead = False, "no tokenizer in its folder, so that of the model tells the tokens"
+    else:
+        used = bool(rows) or _ids(folder, trust) != _ids(checkpoint.folder, trust)
+        instead = "the tokenizer is that in the adapter's folder"
+    said = "; ".join(filter(None, [resized, instead * (used or bool(rows))]))
+    notes = (f"vocabulary: {checkpoint.name}: {said}",) if said else ()
+    return replace(checkpoint, tokens_of_adapter=used, notes=notes)
+
+
+def _ids(folder: Path, trust: bool) -> Mapping[str, int]:
+    tokens = read_tokens(folder, trust)
+    return {} if tokens is None else tokens.ids
+
+
+def _with_whole(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, LazyTensor],
+    whole: Mapping[str, str],
+    names: "_Names",
+    tied: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, LazyTensor], bool, list[str]]:
+    """Return the model's tensors with those that the adapter holds whole, and what is no such one.
+
+    Modules that peft was asked to save have copies of their own, and no longer the other end's
+    weight if they were tied: then all heads are apart, as the config ties all of them or none.
+    Other tensors were saved of the model itself, and go where both ends of a tie find them.
+    """
+    own = {n: tensor for n, tensor in checkpoint.tensors.items() if n not in tied}
+    ends = {*tied.keys(), *tied.values()} if config.get("ensure_weight_tying") else set()
+    copies: dict[str, LazyTensor] = {}
+    strangers = []
+    for key, parameter in whole.items():
+        name = names.stored(parameter)
+        source = tied.get(name, name)
+        if source not in checkpoint.tensors:
+            strangers.append(f"the adapter's {key} matches no tensor of the model")
+            continue
+        paths = itertools.accumulate(parameter.split(".")[:-1], "{}.{}".format)
+        asked = any(path.endswith(s) for path in paths for s in config.get("modules_to_save") or ())
+        is_copy = name in ends or (asked and ".base_layer." not in key)
+        tensor = _cast(stored[key], checkpoint.tensors[source].dtype)
+        (copies if is_copy else own)[name if is_copy else source] = tensor
+    untied = any(len({target, source} & copies.keys()) == 1 for target, source in tied.items())
+    if untied:
+        own |= {target: own[source] for target, source in tied.items()}
+    return own | copies, untied, strangers
 
 
 def _apply(
@@ -121,17 +181,6 @@ def _apply(
     return unfit
 
 
-def _misfit(key: str, found: LazyTensor, original: LazyTensor | None) -> str | None:
-    if original is None:
-        return f"the adapter's {key} matches no tensor of the model"
-    if original.shape != found.shape:
-        return (
-            f"the adapter's {key} is {found.shape}, the model has {original.shape}; resize the "
-            "model's vocabulary first, if that is what the adapter was trained with"
-        )
-    return None
-
-
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     """Return what an adapter's config says that cannot be applied."""
     kind, initialised = config.get("peft_type"), config.get("init_lora_weights")
@@ -143,6 +192,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"the adapter was initialised by {initialised}, which changes the base model; {remedy}"
         )
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        problems.append(f"modules_to_save: expected a list of names, found {saved!r}")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         problems.append(f"alpha_pattern: expected a mapping, found {patterns!r}")
@@ -218,23 +270,6 @@ class _Names:
         return isinstance(self._structure.module_of(self._parameters.get(stored, stored)), Conv1D)
 
 
-def _untie(
-    checkpoint: Checkpoint,
-    tensors: dict[str, LazyTensor],
-    tied: Mapping[str, str],
-    replaced: set[str],
-) -> bool:
-    """Give a tied model heads of their own if the adapter replaces one end of a tie only.
-
-    Both ends are in the adapter where peft kept them tied; the config ties all of them, or none.
-    """
-    untied = any(len({target, source} & replaced) == 1 for target, source in tied.items())
-    if untied:
-        for target, source in tied.items():
-            tensors.setdefault(target, checkpoint.tensors[source])
-    return untied
-
-
 def _scale(config: Mapping[str, Any], pattern: str | None, rank: int) -> float:
     alpha = float(config.get("lora_alpha", DEFAULT_ALPHA))
     if pattern is not None:
@@ -244,6 +279,13 @@ def _scale(config: Mapping[str, Any], pattern: str | None, rank: int) -> float:
 
 def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(tensor.label, tensor.shape, dtype, lambda: tensor.read().to(dtype), (tensor,))
+
+
+def _padded(tensor: LazyTensor, size: int) -> LazyTensor:
+    """Return a tensor with zeros at the end of its last dimension, or cut there."""
+    shape, more = (*tensor.shape[:-1], size), (0, size - tensor.shape[-1])
+    read = lambda: torch.nn.functional.pad(tensor.read(), more)  # noqa: E731
+    return LazyTensor(tensor.label, shape, tensor.dtype, read, (tensor,))
 
 
 def _with_product(

@@ -35,7 +35,7 @@ def read_template(model: Checkpoint) -> Template | None:
 
     As in transformers, a file of its own goes before the tokenizer's configuration.
     """
-    files = files_of_a_model(model.folder, model.folder)
+    files = files_of_a_model(model.folder, model.tokenizer)
     texts: dict[str, str] = {}
     try:
         for name in ("chat_template.json", "tokenizer_config.json"):
@@ -151,7 +151,7 @@ def lacking_tokens(
         return []
     needed = MARKED.findall(template.whole)
     if template.owner is not None and (own := tokens[template.owner]) is not None:
-        by_role = roles(template.owner.folder)
+        by_role = roles(template.owner.tokenizer)
         needed = [token for token in own.added if token in template.whole]
         needed += [by_role[role] for role in ROLE.findall(template.whole) if role in by_role]
     return [token for token in dict.fromkeys(needed) if token not in output.ids]
@@ -174,7 +174,7 @@ def template_files(
 
     And which of that tokenizer's are to be left out. `made` are those that are written anew anyway.
     """
-    own = files_of_a_model(owner.folder, owner.folder)
+    own = files_of_a_model(owner.folder, owner.tokenizer)
     left_out = [name for name in own if "chat_template" in name]
     start = _settings(template, owner)
     files = {OWN_FILE: start + template.texts["default"].encode()}
@@ -193,7 +193,7 @@ def _settings(template: Template, owner: Checkpoint) -> bytes:
     """Return what makes a template write its own tokens where it names them by role."""
     if template.owner is None or template.owner is owner:
         return b""
-    theirs, own = roles(template.owner.folder), roles(owner.folder)
+    theirs, own = roles(template.owner.tokenizer), roles(owner.tokenizer)
     named = [role for role in ROLES if re.search(rf"\b{role}\b", template.whole)]
     settings = [
         f"{{%- set {role} = {json.dumps(theirs[role], ensure_ascii=False)} %}}{{{{- '' }}}}"

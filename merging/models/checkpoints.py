@@ -32,6 +32,13 @@ class Checkpoint:
     config: PretrainedConfig
     tensors: Mapping[str, LazyTensor]
     adapter: Path | None = None  # the folder of the adapter that changes it
+    tokens_of_adapter: bool = False  # whether its tokenizer is that in the adapter's folder
+    notes: tuple[str, ...] = ()  # what the user should know of it
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer."""
+        return self.adapter if self.adapter and self.tokens_of_adapter else self.folder
 
 
 def read_config(model: str, folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -33,6 +33,9 @@ LARGEST_JSON = 10_000_000  # bytes of a config
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What is downloaded of an adapter: itself, and a tokenizer if it has one.
+OF_AN_ADAPTER = [ADAPTER_CONFIG, *ADAPTER_FILES, "README.md", "special_tokens*", "added_tokens*"]
+OF_AN_ADAPTER += ["token*", "vocab*", "merges*", "*.model", "chat_template*"]
 TOKENIZER_FILES = re.compile(
     r"^(tokeniz[^/]*|[^/]*_tokenizer[^/]*\.json|tekken\.json|bpe\.codes|vocab\.[^/]*|merges\.txt"
     r"|special_tokens_map\.json|added_tokens\.json|[^/]*\.(model|tiktoken|spm)|[^/]*\.bpe)$"
@@ -105,10 +108,10 @@ def _may_be_in_a_model(name: str) -> bool:
 
 
 def find_adapter(adapter: str, cache_dir: str | None = None) -> Path:
-    """Return the folder of a LoRA adapter; of a Hub id, a snapshot of the adapter alone."""
+    """Return the folder of a LoRA adapter; of a Hub id, a snapshot of what is used of it."""
     folder = as_path(adapter)
     if not is_local(adapter):
-        folder = download(adapter, cache_dir, [ADAPTER_CONFIG, *ADAPTER_FILES, "README.md"])
+        folder = download(adapter, cache_dir, OF_AN_ADAPTER)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise Problems(f"{adapter}: no {ADAPTER_CONFIG} in {folder}, so it is no adapter")
     return folder

@@ -144,7 +144,7 @@ def _is_installed(library: str) -> bool:
 def _fingerprint(checkpoint: Checkpoint) -> bytes:
     """Return what tells apart the files of tokenizers, and the model types that read them."""
     digest = hashlib.sha256(checkpoint.config.model_type.encode())
-    for file in sorted(checkpoint.folder.iterdir()):
+    for file in sorted(checkpoint.tokenizer.iterdir()):
         if TOKENIZER_FILES.search(file.name) and file.is_file():
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
@@ -199,10 +199,10 @@ def read_all_tokens(
             if (prints[checkpoint], side) not in known:
                 with collecting(problems):
                     known[prints[checkpoint], side] = (
-                        read_tokens(checkpoint.folder, trust, side)
+                        read_tokens(checkpoint.tokenizer, trust, side)
                         if len({*prints.values()}) > 1
                         else Tokens({})
-                        if has_tokenizer(checkpoint.folder, side)
+                        if has_tokenizer(checkpoint.tokenizer, side)
                         else None
                     )
     refuse(problems)

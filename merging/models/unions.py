@@ -50,7 +50,7 @@ def unite(
                 promoted.setdefault(content, flags)
     if not new and not promoted:
         return Union(own)
-    tokenizer = backend(donor.folder, trust)
+    tokenizer = backend(donor.tokenizer, trust)
     for flags in (*promoted.values(), *new.values()):
         (tokenizer.add_special_tokens if flags.special else tokenizer.add_tokens)([flags])
     ids = tokenizer.get_vocab(with_added_tokens=True)
@@ -82,13 +82,13 @@ def _files(
 ) -> dict[str, bytes]:
     """Return the donor's tokenizer files in which tokens are listed, with the new ones."""
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-    config = donor.folder / "tokenizer_config.json"
+    config = donor.tokenizer / "tokenizer_config.json"
     content = read_json(donor.name, config) if config.is_file() else {}
     if isinstance(listed := content.get("added_tokens_decoder"), dict):
         for token, flags in changed.items():
             listed[str(ids[token])] = {"content": token} | {k: getattr(flags, k) for k in FLAGS}
         files[config.name] = as_json(content)
-    added = donor.folder / "added_tokens.json"
+    added = donor.tokenizer / "added_tokens.json"
     if added.is_file():
         more = {token: ids[token] for token in changed}
         files[added.name] = as_json(read_json(donor.name, added) | more)

@@ -230,7 +230,7 @@ def _check_groups(
     of_side: dict[str, dict[str, int]] = {}
     for key in groups:
         if not key.endswith(PART_OF_THEM):
-            side = sides[key] if (donor.folder / sides[key]).is_file() else ""
+            side = sides[key] if (donor.tokenizer / sides[key]).is_file() else ""
             of_side.setdefault(side, {})[key] = sizes[key]
     refuse(
         f"{donor.name}: the tokenizers differ, and one tokenizer cannot name the rows of "

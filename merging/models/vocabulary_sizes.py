@@ -11,8 +11,10 @@ import torch
 from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
+from merging.models.checkpoints import Checkpoint
 from merging.models.structure import Structure
-from merging.problems import Problems, first_line
+from merging.models.tensors import LazyTensor
+from merging.problems import Problems, first_line, refuse, some
 
 # Config keys that say how many rows there are, and those of them that count no tokens of a
 # tokenizer: by their own names, or by those of the parts that they are in.
@@ -23,6 +25,7 @@ NO_TOKENS = re.compile(
     r"|num_speakers|input|output)_vocab_size$"
 )
 GROWTH = 64  # a multiple of what classes round sizes up to
+PADDED = "final_logits_bias"  # which transformers pads with zeros for new tokens
 OF_KINDS = re.compile(r"type_vocab_size$")  # of segments, tasks, modalities: a handful
 
 
@@ -91,6 +94,41 @@ def with_values(config: PretrainedConfig, values: Mapping[str, Any]) -> Pretrain
             part = getattr(part, name)
         setattr(part, key, value)
     return copy
+
+
+def changed_rows(
+    structure: Structure, before: Checkpoint, tensors: Mapping[str, LazyTensor]
+) -> int | None:
+    """Return how many tokens there are after tensors got other shapes; None if all kept theirs.
+
+    Raises Problems unless it is only the number of rows, and the same in all that have them.
+    """
+    shapes = {n: before.tensors[structure.stored_name(before, n)].shape for n in tensors}
+    changed = {n: t.shape for n, t in tensors.items() if t.shape != shapes[n]}
+    if not changed:
+        return None
+    embedding = structure.embedding_name(before.tensors)
+    groups = vocabulary_dims(structure, shapes).values()
+    dims = next((group for group in groups if embedding in group), {})
+
+    def around(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[: dims[name]] + shape[dims[name] + 1 :] if name in dims else shape
+
+    problems = [
+        f"{name} is {shape} in the adapter, the model has {shapes[name]}"
+        for name, shape in changed.items()
+        if len(shape) != len(shapes[name]) or around(name, shape) != around(name, shapes[name])
+    ]
+    refuse(problems)
+    named = [name for name in dims if name in tensors and not name.endswith(PADDED)]
+    rows = {name: tensors[name].shape[dims[name]] for name in named}
+    if len({*rows.values()}) > 1:
+        listed = some(f"{name} {count}" for name, count in rows.items())
+        raise Problems(
+            f"the adapter changes the number of rows of some embeddings alone: {listed}; rows "
+            "that it does not bring are unknown, so save it with save_embedding_layers=True"
+        )
+    return next(iter(rows.values()))
 
 
 def _grown(structure: Structure, label: str, by: int) -> dict[str, tuple[int, ...]]:

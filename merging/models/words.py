@@ -114,7 +114,7 @@ def _union(
     sides: Set[str],
     trust: bool,
 ) -> Union:
-    apart = {s for s in sides if s and any((c.folder / s).is_file() for c in everyone)}
+    apart = {s for s in sides if s and any((c.tokenizer / s).is_file() for c in everyone)}
     if apart or not sides:
         raise Problems(
             f"--tokenizer union: {structure.cls.__name__} has no tokens, or several vocabularies "

@@ -71,6 +71,7 @@ def plan_model(
         notes += _prove_stack(recipe, models, structure, layout, model)
     notes += _gradients(recipe, layout)
     configs = {name: checkpoint.config for name, checkpoint in models.items()}
+    notes[:0] = [note for checkpoint in models.values() for note in checkpoint.notes]
     notes[:0] = meaning_warnings(configs, donor.name, followed)
     trims_models = recipe.values.get("trim_scope") == "model"
     if trims_models:

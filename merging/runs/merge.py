@@ -62,7 +62,9 @@ def make(
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(models[0].folder, plan.words, arguments)
-    _say_left_out({models[0].folder, plan.words.owner.folder}, arguments.quiet)
+    _say_left_out(
+        {models[0].folder, plan.words.owner.folder, plan.words.owner.tokenizer}, arguments.quiet
+    )
     output = Path(arguments.output)
     extra = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
     refuse(problems or space_problems(output, plan.nbytes + extra))
@@ -142,7 +144,9 @@ def _files(donor: Path, words: "Words", arguments: argparse.Namespace) -> dict[s
     owner = words.owner.folder
     check_generation_config(owner)
     copied = getattr(arguments, "copy_tokenizer", True)
-    files: dict[str, Path | bytes] = {**files_of_a_model(donor, owner if copied else None)}
+    files: dict[str, Path | bytes] = {
+        **files_of_a_model(donor, words.owner.tokenizer if copied else None)
+    }
     if owner != donor:
         files.pop(GENERATION_CONFIG, None)  # it speaks of token ids
         of_owner = files_of_a_model(owner, None)
