@@ -245,6 +245,18 @@ def test_token_ids_follow_the_embedding_source(make: Make, output: Path, tmp_pat
     assert model.generation_config.eos_token_id == 7
 
 
+def test_a_layer_that_lacks_a_tensor_names_its_model(
+    make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, tensors = make("llama", 0), stored(make("llama", 1))
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    b = rewrite(make("llama", 1), tmp_path / "b", tensors)
+    text = f"layer_slices: [{{model: {a}, start: 0, end: 1}}, {{model: {b}, start: 2, end: 4}}]"
+    assert bakllama.main([stack_file(tmp_path, text), str(output)]) == 2
+    expected = f"{b}: LlamaForCausalLM builds a model.layers.2.mlp.up_proj.weight into layers"
+    assert expected in capsys.readouterr().err
+
+
 def test_what_follows_the_layers_is_not_warned_about(
     make: Make, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

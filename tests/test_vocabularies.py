@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, loads_clean, make_other, stack_file, stored, word_level
+from helpers import Make, fails, loads_clean, make_other, stack_file, stored, word_level
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -294,6 +294,18 @@ def test_special_tokens_named_in_the_configuration_alone(
     pair = [stored(donor)[EMBEDDING][93], stored(other)[EMBEDDING][94]]
     oracle = linear_oracle(pair, [0.5, 0.5], True)
     assert ulps(stored(output)[EMBEDDING][93], oracle).max() <= 0.51
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc of Linux")
+def test_a_tokenizers_file_that_cannot_be_read_is_named(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(make("llama", 1), broken)
+    (broken / "tokenizer_config.json").unlink()
+    (broken / "tokenizer_config.json").symlink_to("/proc/self/mem")
+    text = fails(capsys, output, "--base-model", make("llama", 0), "--merge", broken)
+    assert f"{broken}: tokenizer_config.json: " in text
 
 
 def test_a_broken_tokenizer_is_a_clear_error(

@@ -146,9 +146,10 @@ def _fingerprint(checkpoint: Checkpoint) -> bytes:
     digest = hashlib.sha256(checkpoint.config.model_type.encode())
     for file in sorted(checkpoint.tokenizer.iterdir()):
         if TOKENIZER_FILES.search(file.name) and file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode())
-            digest.update(file.read_bytes() if size <= LARGEST else str(file).encode())
+            with reading(checkpoint.name, file.name):
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size} ".encode())
+                digest.update(file.read_bytes() if size <= LARGEST else str(file).encode())
     return digest.digest()
 
 

@@ -64,15 +64,12 @@ def plan_model(
     config = with_values(config, words.values) if words.values else config
     makers = ", ".join(models) if recipe.is_stack else donor.name
     model, problems = structure.assembled(makers, config, tensors)
-    if recipe.is_stack and problems:
-        refuse(odd_parts(structure, model, tensors, layout.path))
-    refuse(problems)
     if recipe.is_stack:
-        notes += _prove_stack(recipe, models, structure, layout, model)
-    notes += _gradients(recipe, layout)
-    configs = {name: checkpoint.config for name, checkpoint in models.items()}
-    notes[:0] = [note for checkpoint in models.values() for note in checkpoint.notes]
-    notes[:0] = meaning_warnings(configs, donor.name, followed)
+        notes += _prove_stack(recipe, models, structure, layout, model, tensors, problems)
+    refuse(problems)
+    warnings = meaning_warnings({n: m.config for n, m in models.items()}, donor.name, followed)
+    of_models = [note for checkpoint in models.values() for note in checkpoint.notes]
+    notes = [*warnings, *of_models, *notes, *_gradients(recipe, layout)]
     trims_models = recipe.values.get("trim_scope") == "model"
     if trims_models:
         notes.append("note: changes are trimmed over whole models, so all inputs are read thrice")
@@ -151,10 +148,14 @@ def _prove_stack(
     structure: Structure,
     layout: Layout,
     output: PreTrainedModel,
+    tensors: Mapping[str, PlannedTensor],
+    misfits: Sequence[str],
 ) -> list[str]:
     """Compare a stack's layers with those of their models, and try to run it; return notes."""
     donor = recipe.models[0]
     chosen = [(name, i) for _, name, i in chosen_layers(recipe)]
+    if misfits:
+        refuse([*odd_parts(structure, output, tensors, layout.path, chosen)] or misfits)
     skeletons = {donor: structure.model}
     for name in dict(chosen):
         if name != donor:

@@ -82,7 +82,11 @@ def compare_layers(
 
 
 def odd_parts(
-    structure: Structure, output: nn.Module, tensors: Iterable[str], path: str
+    structure: Structure,
+    output: nn.Module,
+    tensors: Iterable[str],
+    path: str,
+    chosen: Sequence[tuple[str, int]],
 ) -> Iterator[str]:
     """Find tensors of layers that the class has no place for, or wants, in the layers' new places.
 
@@ -91,10 +95,13 @@ def odd_parts(
     own = {name for name in output.state_dict() if name.startswith(f"{path}.")}
     given = {n for n in structure.parameters_of(tensors).values() if n.startswith(f"{path}.")}
     for names, verb in ((given - own, "builds no"), (own - given, "builds a")):
+        numbers = {int(name.removeprefix(f"{path}.").partition(".")[0]) for name in names}
+        models = some({chosen[number][0] for number in numbers})
         if names:
             yield (
-                f"{structure.cls.__name__} {verb} {some(names)} into layers in these places, of "
-                "the first or last layer, say; keep such layers where they were in their model"
+                f"{models}: {structure.cls.__name__} {verb} {some(names)} into layers in these "
+                "places, of the first or last layer, say; keep such layers where they were in "
+                "their model, if that has all of its tensors"
             )
 
 
