@@ -357,6 +357,20 @@ def test_a_cycle_of_kinds_is_written_in_full(made: Made, tmp_path: Path) -> None
     assert list(model.config.layers_block_type) == expected
 
 
+def test_a_config_whose_file_counts_otherwise(made: Made, tmp_path: Path) -> None:
+    """Dory's counts attention and feed-forward blocks, two a layer, of three kinds of layers."""
+    a, b = (made("DoryForCausalLM", seed) for seed in range(2))
+    recipe = write_stack(tmp_path, (a, 0, 3), (b, 1, 4))
+    assert bakllama.main([recipe, str(tmp_path / "out")]) == 0
+    model, report = loaded("DoryForCausalLM", tmp_path / "out")
+    assert report == loaded("DoryForCausalLM", a)[1]
+    config = model.config
+    assert [config.n_input_layers, config.n_recurrent_layers, config.n_output_layers] == [1, 4, 1]
+    kinds_of = tf.AutoConfig.from_pretrained(a).layer_types
+    assert config.layer_types == [kinds_of[i] for i in (0, 1, 2, 1, 2, 3)]
+    assert torch.isfinite(model(**runs_on(model)).logits).all()
+
+
 def test_layers_of_another_model_type_are_called_so(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,16 +397,26 @@ def test_positions_are_those_of_the_embedding(tmp_path: Path) -> None:
 
 
 def test_a_stack_that_loads_but_cannot_compute_is_refused(made: Made) -> None:
-    from merging.models.trial import first_way
+    from merging.models.trial import tried
     from merging.plans.same_layers import running_problems
 
     source, output = (build("LlamaForCausalLM", seed).to("meta") for seed in range(2))
-    found = first_way(source)
-    assert found is not None
-    assert running_problems(output, found[0]) == ([], [])
+    ways = tried(source).ways
+    assert len(ways) == 2
+    assert running_problems(output, ways) == ([], [])
     del output.model.layers[1].mlp
-    problems, _ = running_problems(output, found[0])
+    problems, _ = running_problems(output, ways)
     assert len(problems) == 1 and "cannot compute: AttributeError" in problems[0]
+
+
+def test_a_stack_that_cannot_generate_is_refused(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache takes its length from an attention layer, of which this stack has none."""
+    recipe = write_stack(tmp_path, (made("BambaForCausalLM", 0), 0, 1))
+    assert bakllama.main([recipe, str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot compute with a cache, as to generate text: " in said
 
 
 def test_single_layers_are_compared_with_the_donors(

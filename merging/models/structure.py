@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from merging.models.checkpoints import Checkpoint, says_tied
 from merging.models.layers import NUMBERED
 from merging.models.tensors import FLOAT_DTYPES
-from merging.models.trial import first_way
+from merging.models.trial import Trial, tried
 from merging.problems import Problems, reading, refuse, some
 
 # Buffers that old checkpoints stored and models now compute; matched against the end of a name.
@@ -287,13 +287,13 @@ class Structure:
         return {name for name, p in self.parameters_of(stored).items() if is_before(p)}
 
     @cached_property
-    def trial(self) -> tuple[int, list[str]] | None:
+    def trial(self) -> Trial:
         """The inputs on which the model runs without values, and the order of its modules."""
-        return first_way(self.model)
+        return tried(self.model)
 
     def _called_before(self, layers: str) -> dict[str, bool]:
         """Tell of modules whether they are called before the layers, or after; not of others."""
-        _, order = self.trial or (0, [])
+        order = self.trial.order
         inside = [n for n, name in enumerate(order) if name.startswith(f"{layers}.")]
         if not inside:
             return {}

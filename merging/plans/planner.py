@@ -163,8 +163,7 @@ def _prove_stack(
                 name, structure.cls, models[name].config, models[name].tensors
             )
     problems, notes = compare_layers(output, skeletons, chosen, donor, layout.path)
-    way = None if structure.trial is None else structure.trial[0]
-    cannot, untried = running_problems(output, way)
+    cannot, untried = running_problems(output, structure.trial.ways)
     refuse(problems + cannot)
     return [*notes, *forward_notes(structure.config.to_dict()), *untried]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from merging.models.structure import Structure
-from merging.models.trial import modules_in_order
+from merging.models.trial import modules_in_order, uses_cache
 from merging.problems import cause, some
 
 Kinds = dict[str, Any]
@@ -96,12 +96,12 @@ def odd_parts(
     given = {n for n in structure.parameters_of(tensors).values() if n.startswith(f"{path}.")}
     for names, verb in ((given - own, "builds no"), (own - given, "builds a")):
         numbers = {int(name.removeprefix(f"{path}.").partition(".")[0]) for name in names}
-        models = some({chosen[number][0] for number in numbers})
+        models = {name for n, (name, _) in enumerate(chosen) if n in numbers} or dict(chosen)
         if names:
             yield (
-                f"{models}: {structure.cls.__name__} {verb} {some(names)} into layers in these "
-                "places, of the first or last layer, say; keep such layers where they were in "
-                "their model, if that has all of its tensors"
+                f"{some(models)}: {structure.cls.__name__} {verb} {some(names)} into layers in "
+                "these places, of the first or last layer, say; keep such layers where they were "
+                "in their model, if that has all of its tensors"
             )
 
 
@@ -115,13 +115,15 @@ def forward_notes(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def running_problems(output: Any, way: int | None) -> tuple[list[str], list[str]]:
-    """Run a stack's model without values, if its donor runs so in a way: problems, and notes."""
-    if way is None:
+def running_problems(output: Any, ways: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Run a stack's model without values, in the ways in which its donor runs: problems, notes."""
+    if not ways:
         name = type(output).__name__
         return [], [f"note: a {name} does not run without values, so the stack was not tried"]
-    try:
-        modules_in_order(output, way)
-    except Exception as error:  # whatever the model's own code raises
-        return [f"the stack cannot compute: {cause(error)}; choose other slices"], []
+    for way in ways:
+        try:
+            modules_in_order(output, way)
+        except Exception as error:  # whatever the model's own code raises
+            how = " with a cache, as to generate text" if uses_cache(way) else ""
+            return [f"the stack cannot compute{how}: {cause(error)}; choose other slices"], []
     return [], []

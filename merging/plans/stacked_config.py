@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from merging.models.checkpoints import Checkpoint, layer_attributes, of_layers, text_config
-from merging.models.folders import DEPTHS
+from merging.models.checkpoints import (
+    Checkpoint,
+    layer_attributes,
+    of_layers,
+    text_config,
+    value_of,
+)
+from merging.models.folders import DEPTHS, OTHER_DEPTHS
 from merging.plans.layouts import AS_IT_IS, Layout, chosen_layers
 from merging.problems import Problems, cause, refuse, some
 from merging.recipes.recipe import Recipe
@@ -64,7 +70,7 @@ FORMS = (
     ),
     Form(
         ("n_input_layers", "n_recurrent_layers", "n_output_layers"),
-        lambda i, n, a, b, c: (i >= a) + (i >= a + b),
+        lambda i, n, a, b, c: (i >= a) + (i >= a + b) if a + b + c == n else -1,
         "take all input layers first, then recurrent ones, then output layers",
     ),
 )
@@ -94,14 +100,15 @@ def stacked_config(
     """
     chosen = Chosen(
         [(model, i) for _, model, i in chosen_layers(recipe)],
-        {name: text_config(model.config).to_dict() for name, model in models.items()},
+        {name: _settings(text_config(model.config)) for name, model in models.items()},
         {name: len(found.parts) for name, found in layout.layers.items()},
         recipe.models[0],
     )
     config = text_config(models[chosen.donor].config)
     before, after = chosen.depths[chosen.donor], len(chosen.layers)
     of_donor = chosen.configs[chosen.donor]
-    changes: dict[str, Any] = {key: after for key in DEPTHS if of_donor.get(key) == before}
+    depths = [*DEPTHS, *OTHER_DEPTHS]  # where a decoder has no encoder, some call it that too
+    changes: dict[str, Any] = {key: after for key in depths if of_donor.get(key) == before}
     changes |= _followed_lists(chosen) | {"tie_word_embeddings": not layout.untied}
     changes |= _sparse_steps(chosen, of_donor | changes)
     changes |= _followed_forms(chosen, of_donor | changes)
@@ -121,6 +128,15 @@ def stacked_config(
         result.num_hidden_layers = after
     refuse(_changed_by_class(result, values))
     return result, changes.keys() | singles.get("0", {}).keys()
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Return a config's values as the class has them, which may be others than in its file."""
+    values = dict(config.to_dict())
+    own = {
+        key: value_of(config, key) for key, value in values.items() if type(value) in (int, list)
+    }
+    return values | {key: value for key, value in own.items() if type(value) in (int, list)}
 
 
 def _of_the_embedding(
