@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, fails, loads_clean, make_other, stack_file, stored, word_level
+from helpers import (
+    Make,
+    fails,
+    loads_clean,
+    make_other,
+    rewrite,
+    stack_file,
+    stored,
+    word_level,
+)
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -191,6 +200,22 @@ def test_tokens_that_only_some_models_have_are_reported(
     text = capsys.readouterr().err
     assert "vocabulary: 96 rows, 90 shared by all models; 6 from fewer models ('w87', " in text
     assert f"1 tokens of {other} are dropped ('new')" in text
+
+
+def test_a_row_that_is_taken_from_the_donor_is_the_donors(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault in it is not blamed on the model that lacks the token alone."""
+    names = [f"w{i}" for i in range(96)]
+    tensors = stored(make("llama", 0))
+    tensors[HEAD][95] = torch.nan
+    donor = rewrite(make("llama", 0), tmp_path / "donor", tensors)
+    other = shutil.copytree(make("llama", 1), tmp_path / "other")
+    word_level(names).save(str(donor / "tokenizer.json"))
+    word_level([*names[:95], "other"]).save(str(other / "tokenizer.json"))
+    merge = ["--method", "linear", "--merge", other, "--weight", "1", "--base-model", donor]
+    text = fails(capsys, output, *merge)
+    assert f"{other}: {HEAD} (with rows of {donor}: {HEAD}) contains NaN or infinity" in text
 
 
 def test_without_tokenizers_equal_sizes_warn_and_others_are_refused(

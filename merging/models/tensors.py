@@ -98,7 +98,10 @@ def with_rows(
         return gathered
 
     shape = (*tensor.shape[:dim], len(rows), *tensor.shape[dim + 1 :])
-    return LazyTensor(tensor.label, shape, tensor.dtype, read, (tensor,))
+    if other is None or other is tensor or not bool((instead >= 0).any()):
+        return LazyTensor(tensor.label, shape, tensor.dtype, read, (tensor,))
+    label = f"{tensor.label} (with rows of {other.label})"
+    return LazyTensor(label, shape, tensor.dtype, read, (tensor, other))
 
 
 def _within(tensor: LazyTensor, dim: int, rows: Sequence[int]) -> Tensor:
