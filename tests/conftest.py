@@ -15,6 +15,9 @@ from helpers import Make, contents, every_device
 # Of these files, one test in so many runs by default, and all with ALL_TESTS=1: see test_fuzz.py.
 SAMPLED = {"test_hostile_inputs": 8, "test_hub_protocol": 3, "test_emulated_device": 3}
 
+# Workers share the processors: one thread each, also in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 tf.utils.logging.set_verbosity_error()
 tf.utils.logging.disable_progress_bar()
 

@@ -306,8 +306,9 @@ RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rows", [101, 90])
-@pytest.mark.parametrize("kind", RESIZED)
+@pytest.mark.parametrize(
+    "kind, rows", [(kind, 101) for kind in RESIZED] + [("whole", 90), ("factors, tied", 90)]
+)
 def test_resized_embeddings_give_what_peft_merges(
     kind: str,
     rows: int,
@@ -423,9 +424,14 @@ def test_rows_that_nobody_brings_are_refused(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rows", [100, 90])
 @pytest.mark.parametrize(
-    "name, target", [("bart", "q_proj"), ("t5", "q"), ("bert masked", "query")]
+    "name, target, rows",
+    [
+        ("bart", "q_proj", 100),
+        ("bart", "q_proj", 90),
+        ("t5", "q", 100),
+        ("bert masked", "query", 90),
+    ],
 )
 def test_resized_embeddings_of_other_classes(
     name: str, target: str, rows: int, tmp_path: Path, output: Path

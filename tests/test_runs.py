@@ -302,14 +302,14 @@ def test_what_does_not_fit_a_device_is_computed_there_in_chunks(
 
 
 def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -> None:
-    """Anonymous memory, measured in a process of its own, for 2 and for 8 models of 25 MB."""
+    """Anonymous memory, measured in a process of its own, for 2 and then 8 models of 25 MB."""
     big = make("llama", 1, hidden_size=512, intermediate_size=1024, vocab_size=2048)
     copies = [str(shutil.copytree(big, tmp_path / f"copy-{i}")) for i in range(8)]
     size = (big / "model.safetensors").stat().st_size
     assert size > 20e6
     code = (
         "import sys, threading, time, main\n"
-        "peak, done = 0, False\n"
+        "peak, done, peaks = 0, False, []\n"
         "def watch():\n"
         "    global peak\n"
         "    while not done:\n"
@@ -317,28 +317,22 @@ def test_peak_memory_does_not_grow_with_the_models(make: Make, tmp_path: Path) -
         "        anon = next(int(l.split()[1]) for l in lines if l.startswith('RssAnon'))\n"
         "        peak = max(peak, anon); time.sleep(0.002)\n"
         "watcher = threading.Thread(target=watch); watcher.start()\n"
-        "status = main.main(sys.argv[1:]); done = True; watcher.join()\n"
-        "print(peak * 1024); sys.exit(status)"
+        "for count in (2, 8):\n"
+        "    base, out, *copies = sys.argv[1:]; peak = 0\n"
+        "    merges = [word for copy in copies[:count] for word in ('--merge', copy)]\n"
+        "    options = ['--base-model', base, '--density', '0.5', *merges]\n"
+        "    assert main.main([f'{out}-{count}', *options]) == 0\n"
+        "    peaks.append(peak)\n"
+        "done = True; watcher.join(); print(*peaks)"
     )
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
-    peaks = []
-    for count in (2, 8):
-        merges = [text for copy in copies[:count] for text in ("--merge", copy)]
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            str(tmp_path / f"out-{count}"),
-            "--base-model",
-            str(big),
-        ]
-        done = subprocess.run(
-            [*command, *merges, "--density", "0.5"],
-            cwd=Path(main.__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < size
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(big), str(tmp_path / "out"), *copies],
+        cwd=Path(main.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = (1024 * int(peak) for peak in done.stdout.split()[-2:])
+    assert many - few < size
