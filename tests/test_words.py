@@ -3,21 +3,25 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, fails, loads_clean, rewrite, stored, word_level
+from helpers import Make, fails, loads_clean, rewrite, stack_file, stored, word_level
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+import bakllama
 import main
 from merging.models.vocabulary_rows import own_weights
 from merging.recipes.declarations import OPTIONAL, ORIGIN, Method
 from merging.recipes.methods import METHODS
+from merging.recipes.stack_files import read_stack
+from merging.runs.merge import make as make_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHAT = [{"role": "user", "content": "The cat sat.\nDid it?"}]
@@ -533,6 +537,35 @@ def test_models_without_a_tokenizer_are_taken_to_have_that_of_their_size(
     assert main.main([*given, "--overwrite"]) == 0
     oracle, _ = expected("linear", output, [names[0], names[1], str(bare)], (1, 0.5), HEAD)
     torch.testing.assert_close(stored(output)[HEAD].double(), oracle, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("choice", ["union", "tool"])
+def test_layers_of_several_models_with_the_words_of_all(
+    choice: str, make: Make, tmp_path: Path, output: Path
+) -> None:
+    """Of a model in the middle too, that brings neither embedding nor head."""
+    names = family(make, tmp_path, "qwen")
+    slices = [f"{{model: {name}, start: 0, end: 1}}" for name in (names[0], names[2], names[1])]
+    file = stack_file(tmp_path, f"layer_slices: [{', '.join(slices)}]\n")
+    arguments = bakllama.build_parser().parse_args([file, str(output)])
+    recipe = read_stack(Path(file))
+    chosen = names[2] if choice == "tool" else choice
+    wishes = {"tokenizer": chosen, "chat_template": "auto"}
+    make_model(replace(recipe, **wishes), arguments, {}, [])
+    token_of, config = {n: t for t, n in ids_of(output).items()}, loads_clean(output).config
+    assert token_of.keys() <= {*range(config.vocab_size)}
+    for name, source in ((EMBEDDING, names[0]), (HEAD, names[1])):
+        models = [Rows(folder, name) for folder in (source, *names)]
+        for number, row in enumerate(stored(output)[name]):
+            found = [m.of(token_of.get(number), number) for m in models]
+            having = [theirs for theirs in found if theirs is not None]
+            if found[0] is None and found[1] is None:  # the mean of the others
+                having = [linear_oracle(having, [1.0] * len(having), True).float()]
+            assert torch.equal(row, having[0])
+    expected_tokens = {"<|tool|>"} | (
+        {"<|im_start|>", "<|im_end|>"} if choice == "union" else set()
+    )
+    assert expected_tokens == {*token_of.values()} & {"<|im_start|>", "<|im_end|>", "<|tool|>"}
 
 
 # -------------------------------------------------------------------- odd tokens
