@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Make, contents, loads_clean, make_other, stored
+from helpers import Make, contents, fails, loads_clean, make_other, rewrite, stored
 from oracles import (
     Expected,
     Sparse,
@@ -240,6 +240,20 @@ def test_masks_of_models_and_tensors_differ(name: str, make: Make, tmp_path: Pat
     untouched = torch.cat([(both[n] == of_base[n]).flatten() for n in kept])
     assert not bool((untouched & total.bool()).any())
     assert abs(float(untouched.double().mean()) - 0.25) < 4 * 0.44 / math.sqrt(len(total)) + 0.005
+
+
+@pytest.mark.parametrize("name", ["karcher", "multislerp"])
+def test_tensors_without_a_mean_are_refused_by_name(
+    name: str, make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make("llama", 1, num_hidden_layers=2)
+    tensors = stored(one)
+    tensors["model.layers.1.mlp.up_proj.weight"].neg_()
+    other = rewrite(one, tmp_path / "other", tensors)
+    words = ["--method", name, "--merge", str(one), "--merge", str(other)]
+    text = fails(capsys, output, *words)
+    assert "model.layers.1.mlp.up_proj.weight: the models point in opposite directions" in text
+    assert not output.parent.exists()
 
 
 # -------------------------------------------------------------------- trimming models as a whole

@@ -18,7 +18,15 @@ from oracles import (
 )
 from torch import Tensor
 
-from merge_methods import karcher, model_stock, multislerp, nuslerp, slerp, task_arithmetic
+from merge_methods import (
+    Undefined,
+    karcher,
+    model_stock,
+    multislerp,
+    nuslerp,
+    slerp,
+    task_arithmetic,
+)
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (7,), (301,), (13, 37), (3, 5, 17), (0,), (4, 0)]
@@ -284,9 +292,9 @@ def test_multislerp_does_not_depend_on_the_order_of_models() -> None:
 
 def test_multislerp_refuses_vectors_without_a_mean() -> None:
     a = randoms(1, (50,), torch.float32)[0]
-    with pytest.raises(ValueError, match="mean"):
+    with pytest.raises(Undefined, match="mean"):
         multislerp([a, -a], [1, 1])
-    with pytest.raises(ValueError, match="mean"):
+    with pytest.raises(Undefined, match="mean"):
         multislerp([a + 1, 1 - a], [1, 1], base=torch.ones(50))
     with pytest.raises(ValueError, match="cannot be normalised"):
         multislerp([a, 2 * a], [1, -1])
@@ -335,6 +343,19 @@ def test_karcher_leaves_vectors_of_norm_zero_out_of_the_direction() -> None:
     a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
     found = karcher([a, torch.zeros(2), b], [1, 2, 1])
     torch.testing.assert_close(found, torch.full((2,), math.sqrt(2) / 2))
+
+
+def test_karcher_refuses_opposite_directions() -> None:
+    """Which have no one mean; unless one of them has no weight."""
+    a = randoms(1, (50,), torch.float32)[0]
+    for tensors, weights in (([a, -a], [1, 1]), ([a, -2 * a], [3, 1]), ([a, a, -a], [1, 1, 1])):
+        with pytest.raises(Undefined, match="opposite directions"):
+            karcher(tensors, weights)
+    torch.testing.assert_close(karcher([a, -a], [1, 0]), a)
+    with pytest.raises(ValueError, match="at least 0"):
+        karcher([a, 2 * a], [1, -0.5])
+    with pytest.raises(ValueError, match="cannot be normalised"):
+        karcher([a, 2 * a], [0, 0])
 
 
 def test_model_stock_by_hand() -> None:
