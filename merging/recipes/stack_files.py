@@ -9,7 +9,15 @@ from merging.recipes.methods import PASSTHROUGH
 from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import Factors
 from merging.recipes.recipe import Recipe, Slice, Source
-from merging.recipes.yaml_files import Fields, is_count, is_name, is_number, kind, read_yaml
+from merging.recipes.yaml_files import (
+    Document,
+    Fields,
+    is_count,
+    is_name,
+    is_number,
+    kind,
+    read_yaml,
+)
 
 SOURCES = ("embedding_source", "lm_head_source")
 A_MODEL = "the name of a model"
@@ -17,12 +25,11 @@ A_MODEL = "the name of a model"
 
 def read_stack(path: Path) -> Recipe:
     """Read and check the file of a stack; Problems list all that is wrong, with its key's path."""
-    content, text = read_yaml(path)
-    problems: list[str] = []
-    top = Fields(content, "", ("layer_slices", *SOURCES), problems)
+    document = read_yaml(path)
+    top = Fields(document, document.content, "", ("layer_slices", *SOURCES))
     entries = top.take("layer_slices", _is_list, "a list of at least one slice")
     slices = [
-        _read_slice(entry, f"layer_slices[{i}]", problems) for i, entry in enumerate(entries or ())
+        _read_slice(document, entry, f"layer_slices[{i}]") for i, entry in enumerate(entries or ())
     ]
     embedding, head = (
         top.take(key, lambda value: value is None or is_name(value), A_MODEL, None)
@@ -33,8 +40,8 @@ def read_stack(path: Path) -> Recipe:
         try:
             split_adapter(model)
         except ValueError as error:
-            problems.append(str(error))
-    refuse([f"{path}: {problem}" for problem in problems])
+            document.problems.append(f"{path}: {error}")
+    refuse(document.problems)
     embedding = embedding or named[0]
     return Recipe(
         PASSTHROUGH,
@@ -42,19 +49,19 @@ def read_stack(path: Path) -> Recipe:
         embedding_source=embedding,
         lm_head_source=head or named[len(slices) - 1],
         asks_for_head=head not in (None, embedding),
-        text=text,
+        text=document.text,
         chat_template="donor",  # that of where the embedding is from, as its tokenizer
     )
 
 
-def _read_slice(entry: Any, path: str, problems: list[str]) -> Slice:
-    fields = Fields(entry, path, ("model", "start", "end", "scale"), problems)
+def _read_slice(document: Document, entry: Any, path: str) -> Slice:
+    fields = Fields(document, entry, path, ("model", "start", "end", "scale"))
     model = fields.take("model", is_name, A_MODEL)
     start, end = (
         fields.take(key, is_count, "a layer number of at least 0") for key in ("start", "end")
     )
     if start is not None and end is not None and not start < end:
-        problems.append(f"{path}: expected start < end, found start {start} and end {end}")
+        document.wrong(path, f"expected start < end, found start {start} and end {end}")
     scale = fields.take(
         "scale",
         lambda value: is_number(value) or isinstance(value, dict),
@@ -64,10 +71,10 @@ def _read_slice(entry: Any, path: str, problems: list[str]) -> Slice:
     if isinstance(scale, Mapping):
         for module, factor in scale.items():
             if not is_name(module):
-                problems.append(f"{path}.scale: expected names of modules, found {kind(module)}")
+                document.wrong(f"{path}.scale", f"expected names of modules, found {kind(module)}")
             elif not is_number(factor):
-                problems.append(
-                    f"{path}.scale.{module}: expected a finite number, found {kind(factor)}"
+                document.wrong(
+                    f"{path}.scale.{module}", f"expected a finite number, found {kind(factor)}"
                 )
     return Slice((Source(model, layers=range(start or 0, end or 0)),), {"scale": Factors(scale)})
 

@@ -1,13 +1,17 @@
-"""Read YAML files: plain values, no key twice, and fields that are checked as they are read."""
+"""Read YAML files: plain values, no key twice, and fields that are checked as they are read.
+
+What is wrong is said with the key's path and line, all of it together.
+"""
 
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.problems import Problems, reading
+from merging.problems import reading, refuse
 from merging.recipes.user_files import read_text
 
 LARGEST = 1_000_000  # bytes of a file that people write
@@ -15,12 +19,40 @@ DEEPEST = 20  # values within values
 DIGITS = r"[0-9]+\.[0-9]*|\.[0-9]+"
 
 
-def read_yaml(path: Path) -> tuple[Any, str]:
-    """Return what a YAML file holds, and its text. Raises Problems if it is not valid."""
-    import yaml  # here, as --help does not wait for it
+@dataclass(frozen=True)
+class Document:
+    """What a YAML file holds, in which line each key and entry is, and what is wrong with them."""
 
+    name: str  # of the file
+    text: str
+    content: Any
+    lines: Mapping[str, int]  # by path, such as slices[0].sources
+    problems: list[str] = field(default_factory=list)
+
+    def at(self, path: str) -> str:
+        """Say where in the file a path is; one that is not there is missing in what is above it."""
+        place = path
+        while place and place not in self.lines:
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
+        where = f"{self.name}, line {self.lines[place]}" if place in self.lines else self.name
+        return f"{where}: {path}" if path else where
+
+    def wrong(self, path: str, problem: str) -> None:
+        self.problems.append(f"{self.at(path)}: {problem}")
+
+
+def read_yaml(path: Path) -> Document:
+    """Return what a YAML file holds. Raises Problems if it is not valid."""
     with reading(path, "not valid YAML"):
         text = read_text(path, LARGEST)
+    return parse_yaml(str(path), text)
+
+
+def parse_yaml(name: str, text: str, first_line: int = 1) -> Document:
+    """Return what YAML holds that begins in a line of the named file. Raises Problems."""
+    import yaml  # here, as --help does not wait for it
+
+    with reading(name, "not valid YAML"):
         depth = 0
         for event in yaml.parse(text):
             depth += isinstance(event, yaml.CollectionStartEvent)
@@ -29,12 +61,16 @@ def read_yaml(path: Path) -> tuple[Any, str]:
                 raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
         loader = _plain_loader(yaml)(text)
         try:
-            node = loader.get_single_node()
-            if twice := _duplicate_key(node):
-                raise Problems(f"{path}: {twice}")
-            return (None if node is None else loader.construct_document(node)), text
+            root = loader.get_single_node()
+            lines, twice = _survey(root, first_line)
+            content = None if root is None or twice else loader.construct_document(root)
         finally:
             loader.dispose()
+    document = Document(name, text, content, lines)
+    for key, line in twice:
+        document.wrong(key, f"given twice, again in line {line}")
+    refuse(document.problems)
+    return document
 
 
 def _plain_loader(yaml: Any) -> Any:
@@ -58,45 +94,57 @@ def _plain_loader(yaml: Any) -> Any:
     return loader
 
 
-def _duplicate_key(root: Any) -> str:
-    """Say where a mapping has a key twice, which YAML's readers let pass; nothing if none has."""
-    seen: set[int] = set()  # aliases may name a node a million times
+def _survey(root: Any, first_line: int) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    """Return the lines of all keys and entries by path, and the keys that are there twice.
+
+    YAML's readers let those pass.
+    """
+    lines: dict[str, int] = {}
+    twice: list[tuple[str, int]] = []
     waiting = [(root, "")]
     while waiting:
         node, path = waiting.pop()
-        if id(node) in seen or node is None or isinstance(node.value, str):
+        if node is None or isinstance(node.value, str):
             continue
-        seen.add(id(node))
-        keys: set[Any] = set()
         for i, entry in enumerate(node.value):
-            if not isinstance(entry, tuple):
-                waiting.append((entry, f"{path}[{i}]"))
-                continue
-            key, value = entry
-            name = f"{path}.{key.value}".lstrip(".")
-            if isinstance(key.value, str) and key.value in keys:
-                return f"{name}: given twice, again in line {key.start_mark.line + 1}"
-            keys.add(key.value if isinstance(key.value, str) else None)
+            key, value = entry if isinstance(entry, tuple) else (entry, entry)
+            name = f"{path}[{i}]" if key is value else f"{path}.{key.value}".lstrip(".")
+            line = key.start_mark.line + first_line
+            if name in lines:
+                twice.append((name, line))
+            lines.setdefault(name, line)
             waiting.append((value, name))
-    return ""
+    return lines, twice
 
 
 class Fields:
-    """A mapping whose fields are taken one by one; what is wrong is added to the problems."""
+    """A mapping whose fields are taken one by one; what is wrong is said to the document."""
 
-    def __init__(self, content: Any, path: str, known: Sequence[str], problems: list[str]) -> None:
-        self._path, self._problems = path, problems
+    def __init__(
+        self,
+        document: Document,
+        content: Any,
+        path: str,
+        known: Sequence[str],
+        refused: Mapping[str, str] | None = None,  # why, by key
+    ) -> None:
+        self._document, self._path = document, path
         self._is_mapping = isinstance(content, dict)
         self._content = content if isinstance(content, dict) else {}
         if not self._is_mapping:
             needed = f"a mapping with the keys {', '.join(known)}"
-            problems.append(f"{path}: ".lstrip(": ") + f"expected {needed}, found {kind(content)}")
+            document.wrong(path, f"expected {needed}, found {kind(content)}")
         for key in self._content:
-            if key not in known:
-                problems.append(f"{self.at(key)}: unknown key; known are {', '.join(known)}")
+            if refused and key in refused:
+                document.wrong(self.at(key), refused[key])
+            elif key not in known:
+                document.wrong(self.at(key), f"unknown key; known are {', '.join(known)}")
 
     def at(self, key: object) -> str:
         return f"{self._path}.{key}".lstrip(".")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._content
 
     def take(
         self, key: str, allowed: Callable[[Any], bool], expected: str, default: Any = ...
@@ -106,7 +154,7 @@ class Fields:
             return default
         value = self._content.get(key)
         if self._is_mapping and not allowed(value):
-            self._problems.append(f"{self.at(key)}: expected {expected}, found {kind(value)}")
+            self._document.wrong(self.at(key), f"expected {expected}, found {kind(value)}")
             return None if default is ... else default
         return value
 
