@@ -1,7 +1,9 @@
 """Layouts: for each output tensor, which tensor of which model it is made of, and its place.
 
-In a merge of whole models every model brings its tensor of that name. In a stack each layer brings
-its own, and two models what stands before the layers and after them.
+In a merge of whole models every model brings its tensor of that name. In a stack each layer is made
+of one layer of a model, or of as many of others as a slice has sources; the models of the first
+slice, or one that is named for it, bring what stands before the layers, those of the last what
+stands after them.
 """
 
 import re
@@ -45,7 +47,7 @@ def whole_models(recipe: Recipe, models: Mapping[str, Checkpoint], structure: St
     """Lay out a merge of whole models. A tied tensor is apart if it is in any of them."""
     (part,) = recipe.slices
     donor = models[recipe.models[0]]
-    operands = [models[name] for name in recipe.operands(part)]
+    operands = [models[source.model] for source in recipe.operands(part)]
     everyone = list(dict.fromkeys([donor, *operands]))
     ignored = structure.ignored(everyone)
     ties = structure.ties
@@ -83,45 +85,103 @@ def stacked_layers(
     not fit together.
     """
     refuse([f"{m.name}: {reason}" for m in models.values() if (reason := _unstackable(m))])
-    donor = models[recipe.models[0]]
-    embedding, head = models[str(recipe.embedding_source)], models[str(recipe.lm_head_source)]
+    donor, words = models[recipe.models[0]], models[recipe.words_of]
     layers = {name: find_layers(model) for name, model in models.items()}
     refuse([*_range_problems(recipe, layers), *_family_problems(models, layers, donor)])
     refuse(_shape_problems(recipe, models, layers))
     ignored = structure.ignored(models.values()).union(*(found.beyond for found in layers.values()))
     prefix = layers[donor.name].prefix
     shared = {t: s for t, s in structure.ties.items() if t.startswith(f"{prefix}.")}
-    refuse([*_sharing_problems(recipe, prefix, shared), *_packed_problems(recipe, embedding)])
-    ends = structure.ties.keys() - shared.keys()
-    all_tied = all(structure.tied(model) >= ends for model in (embedding, head))
-    untied = [] if all_tied and not recipe.asks_for_head else sorted(ends)
+    refuse([*_sharing_problems(recipe, prefix, shared), *_packed_problems(recipe, words)])
+    first, last = _ends(recipe, models)
     path = structure.path_of(prefix, donor.tensors)
-    others = {*layers[embedding.name].others, *layers[head.name].others}
+    tied = structure.ties.keys() - shared.keys()
+    everyone = list(dict.fromkeys([words, *first.models, *last.models]))
+    all_tied = all(structure.tied(model) >= tied for model in everyone)
+    untied = [] if all_tied and not recipe.asks_for_head else sorted(tied)
+    others = {name for model in everyone for name in layers[model.name].others}
     before = structure.before_layers(others, path)
     roles = {
-        name: Role(((embedding, name),), AS_IT_IS, 0.0, None)
-        for name in layers[embedding.name].others
+        name: _end_role(first, name, 0.0, words, structure)
+        for name in _outside(first, layers)
         if name in before
     }
-    for number, (part, model, i) in enumerate(chosen_layers(recipe)):
-        for place, stored in layers[model].parts[i].items():
-            name = f"{prefix}.{number}.{place}"
-            roles[name] = Role(((models[model], stored),), part, 0.0, None)
-    after = [n for n in layers[head.name].others if n not in before and n not in structure.ties]
+    for number, layer in enumerate(chosen_layers(recipe)):
+        for part in dict.fromkeys(p for m, i in layer.made_of for p in layers[m].parts[i]):
+            stored = [(models[m], f"{layers[m].prefix}.{i}.{part}") for m, i in layer.made_of]
+            model, i = layer.follows
+            given = models[model].tensors.get(f"{layers[model].prefix}.{i}.{part}")
+            name = f"{prefix}.{number}.{part}"
+            roles[name] = Role(_floating(stored), layer.part, layer.place, given)
+    after = [n for n in _outside(last, layers) if n not in before and n not in structure.ties]
     for name in (*after, *untied):
-        given = embedding.tensors.get(structure.stored_name(embedding, name))
-        stored = structure.stored_name(head, name)
-        roles[name] = Role(((head, stored),), AS_IT_IS, 1.0, given)
+        roles[name] = _end_role(last, name, 1.0, words, structure)
     kept = {name: role for name, role in roles.items() if role.operands[0][1] not in ignored}
-    return Layout(kept, [embedding, head], untied, ignored, layers, path)
+    return Layout(kept, everyone, untied, ignored, layers, path)
 
 
-def chosen_layers(recipe: Recipe) -> Iterator[tuple[Slice, str, int]]:
-    """Yield the layers of a stack in order: the slice, the model, the layer's number there."""
+class ChosenLayer(NamedTuple):
+    """A layer of a stack: the layers that it is made of, as (model, number there)."""
+
+    part: Slice
+    place: float  # in its slice, from 0 (the first layer) to 1 (the last, or only one)
+    made_of: tuple[tuple[str, int], ...]  # as the method takes them
+    follows: tuple[str, int]  # whose kind it has: the base's, or that of the first source
+
+
+def chosen_layers(recipe: Recipe) -> Iterator[ChosenLayer]:
+    """Yield the layers of a stack in order."""
     for part in recipe.slices:
-        (source,) = part.sources
-        for i in source.layers or ():
-            yield part, source.model, i
+        sources = recipe.operands(part)
+        ranges = [source.layers or range(0) for source in sources]
+        names = [source.model for source in sources]
+        leader = names.index(recipe.base) if recipe.base in names else 0
+        for n, numbers in enumerate(zip(*ranges, strict=True)):
+            made_of = tuple(zip(names, numbers, strict=True))
+            place = n / (len(ranges[0]) - 1) if len(ranges[0]) > 1 else 1.0
+            yield ChosenLayer(part, place, made_of, made_of[leader])
+
+
+class _End(NamedTuple):
+    """The models that bring what stands on one side of a stack's layers, and their slice."""
+
+    models: Sequence[Checkpoint]
+    part: Slice
+
+
+def _ends(recipe: Recipe, models: Mapping[str, Checkpoint]) -> list[_End]:
+    """Return who brings what stands before the layers, and who what stands after them."""
+    if recipe.embedding_source and recipe.lm_head_source:
+        return [
+            _End([models[name]], AS_IT_IS)
+            for name in (recipe.embedding_source, recipe.lm_head_source)
+        ]
+    return [
+        _End([models[source.model] for source in recipe.operands(part)], part)
+        for part in (recipe.slices[0], recipe.slices[-1])
+    ]
+
+
+def _outside(end: _End, layers: Mapping[str, Layers]) -> list[str]:
+    """Return the names of tensors outside the layers, in any model of an end."""
+    names = [name for model in end.models for name in layers[model.name].others]
+    return list(dict.fromkeys(names))
+
+
+def _end_role(end: _End, name: str, place: float, words: Checkpoint, structure: Structure) -> Role:
+    """Return the role of a tensor outside the layers, which has the rows of `words`."""
+    stored = [(model, structure.stored_name(model, name)) for model in end.models]
+    given = words.tensors.get(structure.stored_name(words, name))
+    return Role(_floating(stored), end.part, place, given)
+
+
+def _floating(
+    stored: Sequence[tuple[Checkpoint, str]],
+) -> tuple[tuple[Checkpoint, str], ...]:
+    """Return the operands of a tensor; of integers, which are copied, the first alone."""
+    model, name = stored[0]
+    found = model.tensors.get(name)
+    return tuple(stored if found is None or found.is_floating else stored[:1])
 
 
 def _sharing_problems(recipe: Recipe, prefix: str, shared: Mapping[str, str]) -> Iterator[str]:
@@ -133,26 +193,33 @@ def _sharing_problems(recipe: Recipe, prefix: str, shared: Mapping[str, str]) ->
         for name in (target, source):
             layer, _, part = name.removeprefix(f"{prefix}.").partition(".")
             numbers.setdefault(int(layer), part.partition(".")[0])
-    chosen = [(model, i) for _, model, i in chosen_layers(recipe)]
-    sharing = [(model, i) for model, i in chosen if i in numbers]
-    whole = sorted(numbers) == [i for _, i in sharing]
-    if sharing and not (whole and len({model for model, _ in sharing}) == 1):
+    sharing = [c for c in chosen_layers(recipe) if numbers.keys() & {i for _, i in c.made_of}]
+    whole = all(sorted(numbers) == found for found in _numbers_by_source(sharing))
+    if sharing and not (whole and len({chosen.follows[0] for chosen in sharing}) == 1):
         yield (
             f"{recipe.models[0]}: its layers {some(map(str, numbers))} share one "
-            f"{numbers[sharing[0][1]]}; the stack must take all of them of one model, each once "
+            f"{numbers[min(numbers)]}; the stack must take all of them of one model, each once "
             "and in order, or none"
         )
 
 
-def _packed_problems(recipe: Recipe, embedding: Checkpoint) -> Iterator[str]:
+def _numbers_by_source(chosen: Sequence[ChosenLayer]) -> list[list[int]]:
+    """Return the numbers of layers that each of the sources, in turn, brings to a stack."""
+    columns = max((len(layer.made_of) for layer in chosen), default=0)
+    return [
+        [layer.made_of[k][1] for layer in chosen if k < len(layer.made_of)] for k in range(columns)
+    ]
+
+
+def _packed_problems(recipe: Recipe, words: Checkpoint) -> Iterator[str]:
     """Refuse stacks of other layers than a tensor outside of them has blocks for."""
-    packed = [name for name in embedding.tensors if PACKED.search(name)]
-    numbers = [i for _, _, i in chosen_layers(recipe)]
-    depth = text_config(embedding.config).num_hidden_layers
-    if packed and numbers != list(range(depth)):
+    packed = [name for name in words.tensors if PACKED.search(name)]
+    in_order = list(range(text_config(words.config).num_hidden_layers)) if packed else []
+    found = _numbers_by_source(list(chosen_layers(recipe)))
+    if packed and any(numbers != in_order for numbers in found):
         yield (
-            f"{embedding.name}: {packed[0]} has a block for each of its {depth} layers, in their "
-            "order; a stack can only take them as they are, each in its place"
+            f"{words.name}: {packed[0]} has a block for each of its {len(in_order)} layers, in "
+            "their order; a stack can only take them as they are, each in its place"
         )
 
 
@@ -166,24 +233,24 @@ def _unstackable(model: Checkpoint) -> str:
 
 
 def _range_problems(recipe: Recipe, layers: Mapping[str, Layers]) -> Iterator[str]:
-    for i, part in enumerate(recipe.slices):
-        (source,) = part.sources
-        chosen = source.layers or range(0)
-        depth = len(layers[source.model].parts)
-        scale = part.values["scale"]
-        if chosen.stop > depth:
-            yield (
-                f"layer_slices[{i}]: expected layers within 0 to {depth} of {source.model}, "
-                f"found start {chosen.start} and end {chosen.stop}"
-            )
-        elif isinstance(scale, Factors) and isinstance(scale.factors, Mapping):
-            parts = layers[source.model].parts[chosen.start : chosen.stop]
-            known = {module for part in parts for name in part for module in name.split(".")}
-            for module in scale.factors.keys() - known:
+    for part in recipe.slices:
+        for source in recipe.operands(part):
+            chosen = source.layers or range(0)
+            depth = len(layers[source.model].parts)
+            scale = part.values.get("scale")
+            if chosen.stop > depth:
                 yield (
-                    f"layer_slices[{i}].scale.{module}: no such module in these layers; "
-                    f"known are {some(known - {'weight', 'bias'}, 20)}"
+                    f"{source.where}: expected layers within 0 to {depth} of {source.model}, "
+                    f"found start {chosen.start} and end {chosen.stop}"
                 )
+            elif isinstance(scale, Factors) and isinstance(scale.factors, Mapping):
+                parts = layers[source.model].parts[chosen.start : chosen.stop]
+                known = {module for part in parts for name in part for module in name.split(".")}
+                for module in scale.factors.keys() - known:
+                    yield (
+                        f"{source.where}.scale.{module}: no such module in these layers; "
+                        f"known are {some(known - {'weight', 'bias'}, 20)}"
+                    )
 
 
 def _family_problems(
@@ -211,7 +278,7 @@ def _shape_problems(
         for part, name in parts.items():
             known.setdefault(part, set()).add(donor.tensors[name].shape)
     wrong: dict[tuple[str, str], str] = {}
-    for _, model, i in chosen_layers(recipe):
+    for model, i in (pair for layer in chosen_layers(recipe) for pair in layer.made_of):
         for part, name in layers[model].parts[i].items():
             shape = models[model].tensors[name].shape
             if shape not in known.get(part, {shape}):

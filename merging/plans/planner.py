@@ -15,6 +15,7 @@ from merging.plans.plan import Plan, PlannedTensor, output_dtype
 from merging.plans.same_layers import (
     compare_layers,
     forward_notes,
+    mixed_kinds,
     odd_parts,
     running_problems,
 )
@@ -153,16 +154,18 @@ def _prove_stack(
 ) -> list[str]:
     """Compare a stack's layers with those of their models, and try to run it; return notes."""
     donor = recipe.models[0]
-    chosen = [(name, i) for _, name, i in chosen_layers(recipe)]
+    chosen = [layer.made_of for layer in chosen_layers(recipe)]
+    followed = [layer.follows for layer in chosen_layers(recipe)]
     if misfits:
-        refuse([*odd_parts(structure, output, tensors, layout.path, chosen)] or misfits)
+        refuse([*odd_parts(structure, output, tensors, layout.path, followed)] or misfits)
     skeletons = {donor: structure.model}
-    for name in dict(chosen):
+    for name in dict(pair for layer in chosen for pair in layer):
         if name != donor:
             skeletons[name], _ = assemble(
                 name, structure.cls, models[name].config, models[name].tensors
             )
-    problems, notes = compare_layers(output, skeletons, chosen, donor, layout.path)
+    problems, notes = compare_layers(output, skeletons, followed, donor, layout.path)
+    notes += mixed_kinds(skeletons, chosen, followed, layout.path)
     cannot, untried = running_problems(output, structure.trial.ways)
     refuse(problems + cannot)
     return [*notes, *forward_notes(structure.config.to_dict()), *untried]

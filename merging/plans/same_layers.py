@@ -81,6 +81,39 @@ def compare_layers(
     )
 
 
+def mixed_kinds(
+    models: Mapping[str, nn.Module],
+    chosen: Sequence[Sequence[tuple[str, int]]],
+    followed: Sequence[tuple[str, int]],
+    path: str,
+) -> list[str]:
+    """Return notes on layers that are made of layers of different kinds.
+
+    `chosen` are the layers that each is made of, `followed` the one among them whose kind it has.
+    """
+    kinds = {
+        name: [_kinds(layer) for layer in _layers(model, path)] for name, model in models.items()
+    }
+    found: dict[str, list[str]] = {}
+    for n, (layers, (leader, j)) in enumerate(zip(chosen, followed, strict=True)):
+        for name, i in layers:
+            own, wanted = kinds[name][i], kinds[leader][j]
+            for key in sorted(own.keys() | wanted.keys()):
+                value, expected = own.get(key), wanted.get(key)
+                everywhere = all(
+                    kind.get(key) == kinds[model][0].get(key)
+                    for model in (name, leader)
+                    for kind in kinds[model]
+                )  # which is a difference of their configs, of which the user has been told
+                if value != expected and not everywhere:
+                    text = f"{n} ({expected}; {value} in layer {i} of {name})"
+                    found.setdefault(key.lstrip("."), []).append(text)
+    return [
+        f"warning: layers of different kinds are merged: {key} of layer {some(layers)}"
+        for key, layers in found.items()
+    ]
+
+
 def odd_parts(
     structure: Structure,
     output: nn.Module,

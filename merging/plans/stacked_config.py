@@ -99,7 +99,7 @@ def stacked_config(
     what cannot be said in the form that the config has for it.
     """
     chosen = Chosen(
-        [(model, i) for _, model, i in chosen_layers(recipe)],
+        [layer.follows for layer in chosen_layers(recipe)],
         {name: _settings(text_config(model.config)) for name, model in models.items()},
         {name: len(found.parts) for name, found in layout.layers.items()},
         recipe.models[0],

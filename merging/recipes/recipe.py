@@ -21,6 +21,7 @@ class Source:
     model: str
     values: Mapping[str, Value] = field(default_factory=dict)
     layers: range | None = None  # of a stack
+    where: str = ""  # the file, line and key that name the layers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Slice:
 
     sources: tuple[Source, ...]
     values: Mapping[str, Value] = field(default_factory=dict)
+    base: Source | None = None  # of a stack: the base's layers, where it takes part as such
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Recipe:
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
+    def words_of(self) -> str:
+        """The model that gives the tokenizer, and the rows of embedding and head."""
+        return self.embedding_source or self.models[0]
+
+    @property
     def takes_base(self) -> bool:
         """Whether the base is the origin of the changes that are merged."""
         return self.base is not None and self.method.base in (ORIGIN, OPTIONAL)
@@ -73,11 +80,10 @@ class Recipe:
             for source in part.sources
         ) and all(part.sources for part in self.slices)
 
-    def operands(self, part: Slice) -> tuple[str, ...]:
-        """Return the models that the arithmetic takes for a slice, in its order."""
-        names = tuple(source.model for source in part.sources)
+    def operands(self, part: Slice) -> tuple[Source, ...]:
+        """Return what the arithmetic takes for a slice, in its order."""
         in_front = self.base is not None and self.method.base != DONOR
-        return (str(self.base), *names) if in_front else names
+        return (part.base or Source(str(self.base)), *part.sources) if in_front else part.sources
 
     def arguments(self, part: Slice, name: str, place: float) -> dict[str, Any]:
         """Return the method's arguments for a tensor at a place among the layers, from 0 to 1."""

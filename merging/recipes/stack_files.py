@@ -76,7 +76,8 @@ def _read_slice(document: Document, entry: Any, path: str) -> Slice:
                 document.wrong(
                     f"{path}.scale.{module}", f"expected a finite number, found {kind(factor)}"
                 )
-    return Slice((Source(model, layers=range(start or 0, end or 0)),), {"scale": Factors(scale)})
+    source = Source(model, layers=range(start or 0, end or 0), where=document.at(path))
+    return Slice((source,), {"scale": Factors(scale)})
 
 
 def _is_list(value: Any) -> bool:
