@@ -30,6 +30,7 @@ class Role(NamedTuple):
     part: Slice
     place: float  # among the layers, from 0 (the first) to 1 (the last)
     given: LazyTensor | None  # whose shape, dtype and vocabulary it has; None: the first operand's
+    names: tuple[str, ...] = ()  # in the sources, if others than its own are
 
 
 class Layout(NamedTuple):
@@ -112,7 +113,8 @@ def stacked_layers(
             model, i = layer.follows
             given = models[model].tensors.get(f"{layers[model].prefix}.{i}.{part}")
             name = f"{prefix}.{number}.{part}"
-            roles[name] = Role(_floating(stored), layer.part, layer.place, given)
+            names = tuple(name for _, name in stored[-len(layer.part.sources) :])
+            roles[name] = Role(_floating(stored), layer.part, layer.place, given, names)
     after = [n for n in _outside(last, layers) if n not in before and n not in structure.ties]
     for name in (*after, *untied):
         roles[name] = _end_role(last, name, 1.0, words, structure)

@@ -1,6 +1,6 @@
 """Plan a model: say of every output tensor what it is made of, or all that is in the way."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -9,7 +9,7 @@ from merging.models.checkpoints import Checkpoint, changed_config, meaning_warni
 from merging.models.structure import Structure, assemble
 from merging.models.vocabulary_rows import Matched
 from merging.models.vocabulary_sizes import with_values
-from merging.models.words import settle_words
+from merging.models.words import Words, settle_words
 from merging.plans.layouts import Layout, chosen_layers, stacked_layers, whole_models
 from merging.plans.plan import Plan, PlannedTensor, output_dtype
 from merging.plans.same_layers import (
@@ -22,7 +22,7 @@ from merging.plans.same_layers import (
 from merging.plans.stacked_config import stacked_config
 from merging.problems import refuse, some
 from merging.recipes.methods import PASSTHROUGH
-from merging.recipes.numbers import matches, values_by_place
+from merging.recipes.numbers import values_by_place
 from merging.recipes.recipe import Recipe
 
 
@@ -47,19 +47,9 @@ def plan_model(
         speakers += models.values()  # of a stack, those in its middle too
     words = settle_words(structure, speakers, recipe, trust_remote_code)
     notes = list(words.notes)
-    tensors: dict[str, PlannedTensor] = {}
-    refusals: list[str] = []
-    for name, role in layout.roles.items():
-        if any(stored not in model.tensors for model, stored in role.operands):
-            continue
-        arguments = recipe.arguments(role.part, name, role.place)
-        matched = words.match(role.given, role.operands, arguments.get("weights"))
-        tensors[name] = _planned(recipe, matched, arguments, dtype)
-        if refusal := recipe.refusal(arguments):
-            refusals.append(refusal)
-    problems = _unused_filters(recipe, list(layout.roles))
-    if refusals:
-        problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
+    tensors, problems = _plan_tensors(recipe, layout, words, dtype)
+    hidden, unused = _unused_filters(recipe, layout)
+    problems += hidden
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
     config, followed = _config(recipe, models, structure, layout)
     config = with_values(config, words.values) if words.values else config
@@ -70,7 +60,7 @@ def plan_model(
     refuse(problems)
     warnings = meaning_warnings({n: m.config for n, m in models.items()}, donor.name, followed)
     of_models = [note for checkpoint in models.values() for note in checkpoint.notes]
-    notes = [*warnings, *of_models, *notes, *_gradients(recipe, layout)]
+    notes = [*warnings, *of_models, *notes, *unused, *_gradients(recipe, layout)]
     trims_models = recipe.values.get("trim_scope") == "model"
     if trims_models:
         notes.append("note: changes are trimmed over whole models, so all inputs are read thrice")
@@ -78,6 +68,34 @@ def plan_model(
         model.generation_config.eos_token_id = words.end_ids
     ignored = tuple(sorted(layout.ignored))
     return Plan(donor.name, tensors, model, words, ignored, tuple(notes), trims_models)
+
+
+def _plan_tensors(
+    recipe: Recipe, layout: Layout, words: Words, dtype: torch.dtype | None
+) -> tuple[dict[str, PlannedTensor], list[str]]:
+    """Return how each tensor is made, and which numbers are missing or cannot be taken."""
+    tensors: dict[str, PlannedTensor] = {}
+    refusals: list[str] = []
+    missing: dict[str, list[str]] = {}
+    for name, role in layout.roles.items():
+        if any(stored not in model.tensors for model, stored in role.operands):
+            continue
+        arguments = recipe.arguments(role.part, name, role.place, role.names)
+        lacking = recipe.missing(role.part, arguments)
+        weights = None if lacking else arguments.get("weights")
+        matched = words.match(role.given, role.operands, weights)
+        tensors[name] = _planned(recipe, matched, arguments, dtype)
+        if lacking:
+            missing.setdefault(lacking[0], []).append(name)
+        elif refusal := recipe.refusal(arguments):
+            refusals.append(refusal)
+    problems = [
+        f"no {what} for {some(names)}: no filter matches; add a value without one"
+        for what, names in missing.items()
+    ]
+    if refusals:
+        problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
+    return tensors, problems
 
 
 def _planned(
@@ -171,28 +189,43 @@ def _prove_stack(
     return [*notes, *forward_notes(structure.config.to_dict()), *untried]
 
 
-def _unused_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
-    """Return the filters that match no tensor, or none that an earlier one leaves."""
-    components = {part for name in names for part in name.split(".") if not part.isdigit()}
-    problems = []
-    for parameter, _, schedule in recipe.schedules():
-        rest = list(names)
-        for word, _ in schedule.filters:
-            if not any(matches(word, name) for name in rest):
-                problems.append(
-                    f"{parameter.option} {word}: matches no tensor that is left to it; "
-                    f"names have {some(components - {'weight', 'bias'}, 20)}"
-                )
-            rest = [name for name in rest if not matches(word, name)]
-    return problems
+def _unused_filters(recipe: Recipe, layout: Layout) -> tuple[list[str], list[str]]:
+    """Return filters that match no tensor, or none that an earlier one leaves: problems, or notes.
+
+    Published recipes have such filters, for models that name their tensors otherwise.
+    """
+    used: dict[tuple[str, str, bool], bool] = {}
+    for part in recipe.slices:
+        own = {name: role for name, role in layout.roles.items() if role.part is part}
+        for parameter, _, schedule in recipe.schedules(part):
+            rest = [n for role_name, role in own.items() for n in (role.names or [role_name])]
+            for word, _ in schedule.filters:
+                matched = {name for name in rest if schedule.matches(word, name)}
+                rest = [name for name in rest if name not in matched]
+                what = parameter.name if schedule.anywhere else parameter.option
+                key = (what, word, schedule.anywhere)
+                used[key] = used.get(key, False) or bool(matched)
+    components = {part for name in layout.roles for part in name.split(".") if not part.isdigit()}
+    known = some(components - {"weight", "bias"}, 20)
+    unused = {
+        f"{what} {word}: matches no tensor that is left to it; names have {known}": anywhere
+        for (what, word, anywhere), matched in used.items()
+        if not matched
+    }
+    problems = [text for text, anywhere in unused.items() if not anywhere]
+    return problems, [f"note: filter of {text}" for text, anywhere in unused.items() if anywhere]
 
 
 def _gradients(recipe: Recipe, layout: Layout) -> list[str]:
     """Return lines with the numbers at each place, from the first layer to the last."""
-    places = {name: role.place for name, role in layout.roles.items()}
-    return [
-        f"{parameter.name}{'' if model is None else f' of {model}'}, {line}"
-        for parameter, model, schedule in recipe.schedules()
-        if schedule.varies
-        for line in values_by_place(schedule, places)
-    ]
+    found = []
+    for number, part in enumerate(recipe.slices):
+        places = {name: role.place for name, role in layout.roles.items() if role.part is part}
+        of_slice = f"slice {number}, " if len(recipe.slices) > 1 else ""
+        found += [
+            f"{of_slice}{parameter.name}{'' if model is None else f' of {model}'}, {line}"
+            for parameter, model, schedule in recipe.schedules(part)
+            if schedule.varies
+            for line in values_by_place(schedule, places)
+        ]
+    return found

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The values of a number over the layers; for tensors that a filter matches, other values."""
+    """The values of a number over the layers; for tensors that a filter matches, other values.
+
+    Without `values` there is none for tensors that no filter matches.
+    """
 
     values: tuple[float, ...]
     filters: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    anywhere: bool = False  # whether filters match any part of a name, or whole components only
 
     @property
     def varies(self) -> bool:
@@ -23,17 +27,22 @@ class Schedule:
     def every_value(self) -> set[float]:
         return {*self.values, *(value for _, values in self.filters for value in values)}
 
-    def at(self, name: str, place: float) -> float:
+    def matches(self, word: str, name: str) -> bool:
+        """Whether a filter matches a dotted name."""
+        return matches(word, name, self.anywhere)
+
+    def at(self, name: str, place: float) -> float | None:
         """Return the value for a tensor at a place from 0 (the first layer) to 1 (the last).
 
         The first filter that matches the name decides which values hold.
         """
-        chosen = (values for word, values in self.filters if matches(word, name))
-        return interpolate(next(chosen, self.values), place)
+        chosen = (values for word, values in self.filters if self.matches(word, name))
+        values = next(chosen, self.values)
+        return interpolate(values, place) if values else None
 
     def __str__(self) -> str:
         filtered = [f"{word}:{_listed(values)}" for word, values in self.filters]
-        return " ".join([*filtered, _listed(self.values)])
+        return " ".join([*filtered, *([_listed(self.values)] if self.values else [])])
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,12 @@ def parse_values(text: str) -> tuple[str | None, tuple[float, ...]]:
     return word or None, values
 
 
-def matches(word: str, name: str) -> bool:
-    """Whether a filter is a component of a dotted name, or several that follow each other."""
-    return f".{word}." in f".{name}."
+def matches(word: str, name: str, anywhere: bool = False) -> bool:
+    """Whether a filter is a component of a dotted name, or several that follow each other.
+
+    Or `anywhere` in it; a dot before or behind the word stands for the name's beginning or end too.
+    """
+    return (word if anywhere else f".{word}.") in f".{name}."
 
 
 def interpolate(values: Sequence[float], place: float) -> float:
@@ -92,9 +104,9 @@ def values_by_place(schedule: Schedule, places: Mapping[str, float]) -> list[str
         lines.append(f"{label} ({len(taken)}): {text}")
 
     for word, values in schedule.filters:
-        taken = {name: place for name, place in rest.items() if matches(word, name)}
+        taken = {name: place for name, place in rest.items() if schedule.matches(word, name)}
         rest = {name: place for name, place in rest.items() if name not in taken}
         add(word, taken, values)
-    if rest:
+    if rest and schedule.values:
         add("the rest" if schedule.filters else "all tensors", rest, schedule.values)
     return lines

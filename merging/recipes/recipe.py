@@ -4,7 +4,7 @@ A merge of whole models is one slice of several sources; a stack of layers has s
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class Recipe:
     tokenizer: str | None = None  # "base", "union" or a model's name; None: the donor's
     pad_to_multiple_of: int | None = None  # the rows of its vocabulary
     chat_template: str = "auto"  # "auto", "donor", a model's name, a file or a template's text
+    dtype: str = ""  # of the output, where no option says another; the donor's, if it is empty
+    notes: tuple[str, ...] = ()  # what the user should know of how it was read
 
     @property
     def is_stack(self) -> bool:
@@ -71,6 +73,11 @@ class Recipe:
         return self.base is not None and self.method.base in (ORIGIN, OPTIONAL)
 
     @property
+    def copies(self) -> bool:
+        """Whether the method takes a single tensor as it is, or scaled."""
+        return self.method.models == (1, 1) and self.method.base == DONOR
+
+    @property
     def is_complete(self) -> bool:
         """Whether each parameter of the method has a value for each model that is merged."""
         return all(
@@ -85,10 +92,17 @@ class Recipe:
         in_front = self.base is not None and self.method.base != DONOR
         return (part.base or Source(str(self.base)), *part.sources) if in_front else part.sources
 
-    def arguments(self, part: Slice, name: str, place: float) -> dict[str, Any]:
-        """Return the method's arguments for a tensor at a place among the layers, from 0 to 1."""
+    def arguments(
+        self, part: Slice, name: str, place: float, names: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return the method's arguments for a tensor at a place among the layers, from 0 to 1.
 
-        def at(parameter: Parameter, *given: Mapping[str, Value]) -> Any:
+        `names` are those of the tensor in the sources, if it has another in them. A number that a
+        recipe has for other tensors alone is None.
+        """
+        names = names or [name] * max(1, len(part.sources))
+
+        def at(parameter: Parameter, name: str, *given: Mapping[str, Value]) -> Any:
             value = next(values[parameter.name] for values in given if parameter.name in values)
             return value.at(name, place) if isinstance(value, Schedule | Factors) else value
 
@@ -97,27 +111,47 @@ class Recipe:
             if parameter.argument is None:
                 continue
             if parameter.per_model:
-                value = [at(parameter, s.values, part.values, self.values) for s in part.sources]
+                value = [
+                    at(parameter, own, source.values, part.values, self.values)
+                    for own, source in zip(names, part.sources, strict=False)
+                ]
             else:
-                value = at(parameter, part.values, self.values)
+                value = at(parameter, names[0] if self.copies else name, part.values, self.values)
             if parameter.is_seed:
                 seed: Any = value
                 value = [random_key(seed, name, i) for i in range(len(part.sources))]
             found[parameter.argument] = value
         return found
 
+    def missing(self, part: Slice, arguments: Mapping[str, Any]) -> list[str]:
+        """Return which numbers are None, and whose they are."""
+        found = []
+        for parameter in self.method.parameters:
+            value = arguments.get(parameter.argument or "")
+            if isinstance(value, list):
+                models = [s.model for s, v in zip(part.sources, value, strict=True) if v is None]
+                found += [f"{parameter.name} of {model}" for model in models]
+            elif value is None and parameter.argument:
+                found.append(parameter.name)
+        return found
+
     def refusal(self, arguments: Mapping[str, Any]) -> str | None:
         """Say why the method cannot take these arguments; None if it can."""
         return next(filter(None, (check(arguments) for check in self.method.checks)), None)
 
-    def schedules(self) -> list[tuple[Parameter, str | None, Schedule]]:
-        """Return the numbers of each model, and those of all models, whose model is None."""
+    def schedules(self, part: Slice | None = None) -> list[tuple[Parameter, str | None, Schedule]]:
+        """Return the numbers of each model, and those of all models, whose model is None.
+
+        Of a slice if one is given, else of all.
+        """
         found: list[tuple[Parameter, str | None, Schedule]] = []
         for parameter in self.method.parameters:
-            owners = [(s.model, s.values) for part in self.slices for s in part.sources]
-            for owner, values in [(None, self.values), *owners]:
-                if isinstance(value := values.get(parameter.name), Schedule):
-                    found.append((parameter, owner, value))
+            for each in self.slices if part is None else [part]:
+                owners = [(s.model, s.values) for s in each.sources]
+                for owner, values in [(None, {**self.values, **each.values}), *owners]:
+                    value = values.get(parameter.name)
+                    if isinstance(value, Schedule) and (parameter, owner, value) not in found:
+                        found.append((parameter, owner, value))
         return found
 
 
