@@ -3,12 +3,16 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from merging.problems import collecting, refuse
 from merging.recipes.declarations import OPERAND, ORIGIN, Method, Parameter, users
+from merging.recipes.merge_options import DEFAULT_METHOD
 from merging.recipes.methods import METHODS
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Recipe, Slice, Source, Value
+from merging.recipes.recipe_files import read_recipe
 from merging.recipes.word_options import word_wishes
 
 Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command line
@@ -17,9 +21,16 @@ Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command
 def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
     """Return the recipe that options ask for, and add what is wrong with them to the problems.
 
-    Options that the method does not use are refused.
+    Options that the method does not use are refused, and all of them beside a recipe's file, whose
+    Problems are raised.
     """
-    method, given = METHODS[arguments.method], arguments.given
+    if arguments.recipe is not None:
+        with_file = [f"{option} beside --recipe: the file says it" for option in _given(arguments)]
+        with collecting(with_file):
+            recipe = read_recipe(Path(arguments.recipe))
+        refuse(with_file)
+        return recipe
+    method, given = METHODS[arguments.method or DEFAULT_METHOD], arguments.given
     merges = [value for option, value in given if option == "--merge"]
     values: dict[str, Value] = {}
     of_models: dict[str, list[Schedule]] = {}
@@ -107,6 +118,15 @@ def _pairing_problem(parameter: Parameter, given: Given, numbers: int) -> str | 
             "once after the last"
         )
     return None
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that are given of those that say what to merge."""
+    given = {option for option, _ in arguments.given}
+    others = {"--method", "--base-model"}
+    others |= {p.option for m in METHODS.values() for p in m.parameters if not p.is_number}
+    asked = {option: getattr(arguments, option[2:].replace("-", "_"), None) for option in others}
+    return sorted(given.union(option for option, value in asked.items() if value is not None))
 
 
 def _unused(arguments: argparse.Namespace, method: Method) -> list[str]:

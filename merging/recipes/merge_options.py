@@ -16,6 +16,7 @@ from merging.recipes.word_options import add_word_options
 NUMBER_OPTIONS = sorted(
     {p.option for m in METHODS.values() for p in m.parameters if not p.is_switch and not p.choices}
 )
+DEFAULT_METHOD = "ties"
 NUMBERS = (
     "Numbers of models are given once for all of them (before the first --merge, or after the "
     "last), or once for each --merge, in the same order. Each is a number, or a list such as "
@@ -73,9 +74,14 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--method",
         choices=METHODS,
         metavar="METHOD",
-        default="ties",
-        help="how to merge, see below (default: %(default)s); `--method NAME --help` shows what "
-        "one takes",
+        help=f"how to merge, see below (default: {DEFAULT_METHOD}); `--method NAME --help` shows "
+        "what one takes",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="a recipe of mergekit, or a model card with one, in place of all that says what to "
+        "merge",
     )
     _add_parameters(parser, shown)
     add_word_options(parser)

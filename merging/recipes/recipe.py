@@ -175,28 +175,58 @@ def described(recipe: Recipe) -> str:
 
 def table(recipe: Recipe) -> str:
     """Return a recipe as text, one model or slice a line."""
-    return _stack_table(recipe) if recipe.is_stack else _merge_table(recipe)
+    if recipe.embedding_source is not None:
+        return _stack_table(recipe)
+    of_models = [p.name for p in recipe.method.parameters if p.per_model]
+    rows: list[tuple[str, ...]] = [("model", *["layers"] * recipe.is_stack, *of_models)]
+    listed = [source.model for part in recipe.slices for source in recipe.operands(part)]
+    if recipe.base is not None and recipe.base not in listed:
+        rows.append((recipe.base, "donor only"))
+    lines = [f"method: {', '.join([recipe.method.name, *_of_all(recipe, recipe.slices[0])])}"]
+    if recipe.is_stack:
+        lines = [f"method: {recipe.method.name}, {sum(map(_depth, recipe.slices))} layers"]
+    for number, part in enumerate(recipe.slices):
+        if recipe.is_stack:
+            rows.append((", ".join([f"slice {number}", *_of_all(recipe, part)]),))
+        rows += _rows(recipe, part, of_models)
+    settings = {"tokenizer": recipe.tokenizer, "dtype": recipe.dtype}
+    lines += aligned(rows) + [f"{key}: {value}" for key, value in settings.items() if value]
+    return "\n".join([*lines, *recipe.notes])
 
 
-def _merge_table(recipe: Recipe) -> str:
-    of_models = [p for p in recipe.method.parameters if p.per_model]
-    rows = [("model", *(p.name for p in of_models))]
-    if recipe.base is not None:
-        rows.append((recipe.base, "donor only" if recipe.method.base == DONOR else "base"))
-    rows += [
-        (source.model, *(str(source.values[p.name]) for p in of_models))
-        for source in recipe.slices[0].sources
-    ]
-    if recipe.method.base == OPERAND:
-        rows = [rows[0], *((*row[:1], f"t = {t}") for t, row in enumerate(rows[1:]))]
-    line = [recipe.method.name]
+def _rows(recipe: Recipe, part: Slice, of_models: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a row for each of the models of a slice: what it is, or its numbers."""
+    rows = []
+    for n, source in enumerate(recipe.operands(part)):
+        layers = [_range(source)] if source.layers is not None else []
+        numbers = [str(source.values[name]) for name in of_models if name in source.values]
+        if recipe.method.base == OPERAND:
+            numbers = [f"t = {n}"]
+        elif recipe.takes_base and n == 0:
+            numbers = ["base"]
+        rows.append((source.model, *layers, *numbers))
+    return rows
+
+
+def _of_all(recipe: Recipe, part: Slice) -> list[str]:
+    """Return the values that hold for all models of a slice, as text."""
+    found: list[str] = []
     for parameter in recipe.method.parameters:
-        value = recipe.values.get(parameter.name)
+        value = {**recipe.values, **part.values}.get(parameter.name)
         if isinstance(value, bool):
-            line += filter(None, [parameter.words[value]])
+            found += filter(None, [parameter.words[value]])
         elif value is not None and (not parameter.with_base or recipe.takes_base):
-            line.append(f"{parameter.name} = {value}")
-    return "\n".join([f"method: {', '.join(line)}", *aligned(rows)])
+            found.append(f"{parameter.name} = {value}")
+    return found
+
+
+def _depth(part: Slice) -> int:
+    return len(part.sources[0].layers or ())
+
+
+def _range(source: Source) -> str:
+    layers = source.layers or range(0)
+    return f"{layers.start} to {layers.stop}, exclusive"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -212,11 +242,10 @@ def _stack_table(recipe: Recipe) -> str:
     depth = 0
     for part in recipe.slices:
         (source,) = part.sources
-        layers = source.layers or range(0)
-        depth += len(layers)
+        depth += _depth(part)
         scale = part.values["scale"]
         scaled = f", scale {scale}" if scale != Factors() else ""
-        rows.append((source.model, f"layers {layers.start} to {layers.stop}, exclusive{scaled}"))
+        rows.append((source.model, f"layers {_range(source)}{scaled}"))
     return "\n".join(
         [
             f"stack of {depth} layers",
