@@ -6,6 +6,7 @@ python main.py ./output --base-model org/base --merge org/math --weight 0.5 --de
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from merging.recipes.command_line import recipe_from
 from merging.recipes.merge_options import NUMBER_OPTIONS, build_parser
@@ -19,7 +20,8 @@ def work(argv: Sequence[str] | None) -> None:
     arguments = build_parser(words).parse_args(words)
     problems: list[str] = []
     recipe = recipe_from(arguments, problems)
-    make(recipe, arguments, {"sh": command("main.py", argv)}, problems)
+    files = [] if arguments.recipe is None else [Path(arguments.recipe)]
+    make(recipe, arguments, {"sh": command("main.py", argv)}, problems, files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -143,7 +143,7 @@ def _of_the_embedding(
     recipe: Recipe, models: Mapping[str, Checkpoint], layout: Layout, chosen: Chosen
 ) -> dict[str, Any]:
     """Return what the embedding's source says of tokens, and of positions if it brings a table."""
-    donor, source = models[chosen.donor], models[str(recipe.embedding_source)]
+    donor, source = models[chosen.donor], models[recipe.words_of]
     of_donor, of_source = chosen.configs[chosen.donor], chosen.configs[source.name]
     tables = {
         len_of_source - len_of_donor

@@ -27,9 +27,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="auto",
         help="dtype of the output; auto keeps the dtype of each of the donor's tensors "
-        "(default: %(default)s)",
+        "(default: auto, or a recipe's)",
     )
     group.add_argument(
         "--max-shard-size",

@@ -9,13 +9,15 @@ from merging.recipes.declarations import Parameter
 
 # -------------------------------------------------------------------- what goes together
 
+NOT_NORMALIZED = "--no-normalize (in a recipe, normalize: false)"
+
 
 def weights_cancel(arguments: Mapping[str, Any]) -> str | None:
     if arguments.get("normalize", True):
         try:
             normalized(arguments["weights"])
         except ValueError as error:
-            other = "--no-normalize or other weights" if "normalize" in arguments else "others"
+            other = f"{NOT_NORMALIZED} or other weights" if "normalize" in arguments else "others"
             return f"{error}; use {other}"
     return None
 
@@ -23,7 +25,7 @@ def weights_cancel(arguments: Mapping[str, Any]) -> str | None:
 def negative_weights(arguments: Mapping[str, Any]) -> str | None:
     weights, normalize = arguments["weights"], arguments["normalize"]
     if normalize and min(weights) < 0:
-        return f"negative weights {weights} cannot be normalised; they need --no-normalize"
+        return f"negative weights {weights} cannot be normalised; they need {NOT_NORMALIZED}"
     if not normalize and max(map(abs, weights)) > 1e30:
         return f"weights {weights} are too large, expected at most 1e30"
     return None
@@ -34,7 +36,7 @@ def probabilities(arguments: Mapping[str, Any]) -> str | None:
         if not 0 < density - epsilon <= density + epsilon < 1:
             return (
                 f"a density of {density:g} and an epsilon of {epsilon:g}: expected density - "
-                "epsilon and density + epsilon in (0, 1); use a smaller --epsilon"
+                "epsilon and density + epsilon in (0, 1); use a smaller epsilon"
             )
     return None
 

@@ -5,7 +5,7 @@ A merge of whole models is one slice of several sources; a stack of layers has s
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merging.recipes.declarations import DONOR, OPERAND, OPTIONAL, ORIGIN, Method, Parameter
@@ -153,6 +153,15 @@ class Recipe:
                     if isinstance(value, Schedule) and (parameter, owner, value) not in found:
                         found.append((parameter, owner, value))
         return found
+
+
+def with_dtype(recipe: Recipe, asked: str | None) -> Recipe:
+    """Return the recipe with the dtype that an option asks for, if one does."""
+    dtype = "" if asked == "auto" else asked
+    if dtype is None or dtype == recipe.dtype:
+        return recipe
+    text = "" if recipe.embedding_source is None else recipe.text  # of mergekit's form it is stale
+    return replace(recipe, dtype=dtype, text=text)
 
 
 def random_key(seed: int, name: str, model: int) -> int:

@@ -42,8 +42,8 @@ IDLE = (
 ).split()
 REFUSED = {
     **MISPLACED,
-    "modules": "no model is merged by modules here; if there is one, write what is under it at the "
-    "top",
+    "modules": "no model is merged by modules here; if it is `default` alone, write what is under "
+    "it at the top",
 }
 BY_NAME = {**METHODS, PASSTHROUGH.name: PASSTHROUGH}
 
@@ -67,6 +67,9 @@ def read_recipe(path: Path) -> Recipe:
     )
     slices = _slices(reader, top, outer)
     settings = _settings(document, top)
+    alone = [f"slices[{i}]" for i, part in enumerate(slices) if not part.sources]
+    for place in alone if len(alone) < len(slices) else ():
+        document.wrong(place, f"expected models besides {reader.base}, as in the other slices")
     refuse(document.problems)
     recipe = _recipe(reader, slices, outer, settings)
     _check_together(reader, recipe)
@@ -143,7 +146,7 @@ def _slices(reader: Reader, top: Fields, outer: Values) -> list[Slice]:
     if len(entries) == 1:
         ((key, listed),) = entries.items()
         return (read_models if key == "models" else read_slices)(reader, listed, outer)
-    if entries or not ("models" in top or "slices" in top):
+    if entries or not any(key in top for key in ("models", "slices", "modules")):
         found = "both" if entries else "neither"
         reader.document.wrong("", f"expected either `models` or `slices`, found {found}")
     return []
@@ -200,7 +203,7 @@ def _recipe(
     values = {
         p.name: resolved(p, [outer]) for p in method.parameters if not (p.per_model or p.is_number)
     }
-    if method.base == ORIGIN and not any(part.sources for part in slices):
+    if not any(part.sources for part in slices):
         copied = [Slice((part.base or Source(str(reader.base)),)) for part in slices]
         notes = (f"only the base is there, so nothing is merged by {method.name}: it is copied",)
         scale = {"scale": Schedule((1.0,))}

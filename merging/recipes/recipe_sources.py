@@ -189,10 +189,17 @@ def _is_missing(values: Values, parameter: Parameter) -> bool:
     return isinstance(value, Schedule) and not (value.values or value.filters)
 
 
+def may_be_alone(reader: Reader) -> bool:
+    """Whether the base can be there without others: published recipes copy one so."""
+    return reader.is_base(reader.base) and reader.method.models == (1, None)
+
+
 def _check_count(reader: Reader, count: int, path: str) -> None:
     """Find too few or too many models, the base of changes not counted."""
     method = reader.method
     fewest, most = method.models
+    if count == 0 and may_be_alone(reader):
+        return
     if reader.base is not None and method.base == OPERAND:
         count += 1
     besides = " besides the base" if reader.is_base(reader.base) and method.base != OPERAND else ""

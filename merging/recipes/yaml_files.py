@@ -53,12 +53,15 @@ def parse_yaml(name: str, text: str, first_line: int = 1) -> Document:
     import yaml  # here, as --help does not wait for it
 
     with reading(name, "not valid YAML"):
-        depth = 0
+        depth = documents = 0
         for event in yaml.parse(text):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
+            documents += isinstance(event, yaml.DocumentStartEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
+            if documents > 1:
+                raise ValueError("several documents, apart by ---; give each a file of its own")
         loader = _plain_loader(yaml)(text)
         try:
             root = loader.get_single_node()

@@ -17,6 +17,7 @@ from merging.models.checkpoints import Checkpoint
 from merging.models.hub import origin
 from merging.recipes.model_names import split_adapter
 from merging.recipes.recipe import Recipe, described, table
+from merging.recipes.recipe_text import as_yaml
 from merging.recipes.user_files import read_text
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub")
@@ -32,9 +33,12 @@ def model_card(
 ) -> str:
     """Return a model card: metadata that the Hub understands, and a description.
 
-    `made_by` is the command, and the text of the file that it reads, if any, by language.
+    `made_by` is the command, and the text of the file that it reads, if any, by language; without
+    such a file, the recipe is put in words.
     """
-    method = "layer stack" if recipe.is_stack else recipe.method.name
+    method = "layer stack" if recipe.is_stack and recipe.copies else recipe.method.name
+    if "yaml" not in made_by:
+        made_by = {**made_by, "yaml": recipe.text or as_yaml(recipe)}
     sources = [source for checkpoint in inputs for source in _sources(checkpoint)]
     origins = {name: origin(name, folder) for name, folder in sources}
     ids = [found[0] for found in origins.values() if found]

@@ -17,7 +17,7 @@ from merging.models.opening import Found, find_models, open_models
 from merging.models.reading_ahead import read_ahead
 from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
-from merging.recipes.recipe import Recipe, table
+from merging.recipes.recipe import Recipe, table, with_dtype
 from merging.runs.console import peak_memory, say, say_path
 from merging.runs.outputs import output_problems, space_problems
 
@@ -48,6 +48,7 @@ def make(
     `problems` are those found so far; Problems is raised with all that can be known beforehand.
     """
     started = time.monotonic()
+    recipe = with_dtype(recipe, arguments.dtype)
     quiet = arguments.quiet and not arguments.dry_run
     if not problems:
         say(table(recipe), quiet)
@@ -121,7 +122,7 @@ def _plan(
         device = choose_device(arguments.cuda)
     sizes = SIZES[:1] if recipe.is_stack else SIZES
     models = open_models(found, sizes, arguments, problems)
-    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     try:
         plan = plan_model(recipe, models, dtype, arguments.trust_remote_code)
     except Problems as error:
