@@ -56,7 +56,7 @@ def read_recipe(path: Path) -> Recipe:
     document, notes = _find(path)
     top = Fields(document, document.content, "", (*KEYS, *OWN, *IDLE), REFUSED)
     methods = ", ".join(BY_NAME)
-    name = top.take("merge_method", lambda v: v in BY_NAME, f"one of {methods}")
+    name = top.take("merge_method", lambda v: str(v) in BY_NAME, f"one of {methods}")
     if name is None:
         raise Problems(*document.problems)
     reader = _reader(document, top, str(name))
