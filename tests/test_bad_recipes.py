@@ -169,7 +169,8 @@ BAD = {
     ),
     "a base that is no model": (TIES.replace("base_model: base", "base_model: 7"), ["2: base_mod"]),
     "too many for slerp": (
-        "merge_method: slerp\nbase_model: base\nparameters: {t: 0}\nmodels: [{model: a}, {model: b}]",
+        "merge_method: slerp\nbase_model: base\nparameters: {t: 0}\n"
+        "models: [{model: a}, {model: b}]",
         ["4: models: slerp merges 2 models, found 3"],
     ),
     "too few for model_stock": (

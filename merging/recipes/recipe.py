@@ -239,10 +239,15 @@ def _range(source: Source) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines, their columns aligned."""
+    """Return rows as lines, their columns aligned; a row of one cell stands for itself."""
     columns = max(map(len, rows))
     cells = [[*row, *[""] * (columns - len(row))] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(columns)]
+    widths = [
+        max(
+            (len(cell[i]) for cell, row in zip(cells, rows, strict=True) if len(row) > 1), default=0
+        )
+        for i in range(columns)
+    ]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
