@@ -15,6 +15,7 @@ ROOT = Path(main.__file__).parent
 PAGES = ["README.md", "examples/recipes.md", "examples/merge.sh"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODEL = re.compile(r"(?:--base-model|--merge|model:|_source:)\s+([\w.-]+/[\w.-]+)")
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yml"))
 
 
 def blocks(page: str, *languages: str) -> list[str]:
@@ -48,23 +49,29 @@ def test_commands_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(ROOT / "examples")
-    _, script, *arguments = shlex.split(command)
+    _, script, *arguments = shlex.split(command, comments=True)
     if not torch.cuda.is_available():
         arguments = [a for a in arguments if a != "--cuda"]
     texts = [command]
     if script == "bakllama.py":
-        (stack,) = blocks(page, "yaml")
+        (stack,) = (text for text in blocks(page, "yaml") if "layer_slices:" in text)
         Path(arguments[0]).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments[0]).write_text(stack)
         texts.append(stack)
-    depth = 32 if script == "bakllama.py" else 6
+    if "--recipe" in arguments:
+        (recipe,) = (text for text in blocks(page, "yaml") if "merge_method:" in text)
+        file = Path(arguments[arguments.index("--recipe") + 1])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe if file.suffix == ".yml" else f"# A card\n\n```yaml\n{recipe}```\n")
+        texts.append(recipe)
+    depth = 32 if script == "bakllama.py" or "--recipe" in arguments else 6
     models = {m for m in MODEL.findall(" ".join(texts)) if not m.startswith("examples/")}
     for seed, model in enumerate(sorted(models)):
         Path(model).parent.mkdir(exist_ok=True)
         Path(model).symlink_to(make("llama", seed, num_hidden_layers=depth))
-    for adapter in re.findall(r"\+(you/\S+)", command):
+    for adapter in re.findall(r"\+((?:you|org)/\S+)", " ".join(texts)):
         make_adapter(make("llama", 0, num_hidden_layers=depth), tmp_path / "made" / adapter)
-        Path("you").mkdir(exist_ok=True)
+        Path(adapter).parent.mkdir(exist_ok=True)
         Path(adapter).symlink_to(tmp_path / "made" / adapter / "adapter")
     assert {"main.py": main.main, "bakllama.py": bakllama.main}[script](arguments) == 0
     output = arguments[1] if script == "bakllama.py" else arguments[0]
@@ -75,6 +82,26 @@ def test_the_stack_of_the_examples_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     assert bakllama.main(["examples/stack.yml", str(tmp_path / "stacked")]) == 0
     assert loads_clean(tmp_path / "stacked").config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_the_examples_run(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main.main([str(tmp_path / "out"), "--recipe", str(recipe)]) == 0
+    depth = {"up-scaling": 5, "slices-of-merges": 4}.get(recipe.stem, 3)
+    assert loads_clean(tmp_path / "out").config.num_hidden_layers == depth
+    comment = recipe.read_text().split("\nslices:")[0].split("\nmodels:")[0]
+    assert comment.count(".") == 2 and comment.startswith("# ") and comment.endswith(".")
+
+
+def test_the_readme_counts_the_recipes() -> None:
+    assert len(RECIPES) == 7
+    assert "Seven recipes that run" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_messages_that_the_readme_explains_exist() -> None:

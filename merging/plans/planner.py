@@ -1,6 +1,6 @@
 """Plan a model: say of every output tensor what it is made of, or all that is in the way."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
