@@ -293,6 +293,14 @@ BAD = {
         ["9: tokenizer.tokens: tokens with embeddings of their own are not made here"],
     ),
     "a tokenizer of a number": (TIES + "tokenizer_source: 3", ["7: tokenizer_source: expected"]),
+    "a tokenizer of nobody": (
+        TIES + "tokenizer:\n  source: d",
+        ["8: tokenizer.source: expected base, union, or a model that is merged (base, a), found d"],
+    ),
+    "a chat template of nobody": (
+        TIES + "chat_template: chatlm",
+        ["7: chat_template: expected auto, chatml, llama3", "found chatlm"],
+    ),
     "a chat template of a number": (TIES + "chat_template: 3", ["7: chat_template: expected a"]),
 }
 

@@ -5,12 +5,14 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from helpers import Make, contents, loads_clean, make_adapter, stored
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
+from merging.recipes.chat_templates import BY_NAME
 from merging.recipes.methods import METHODS
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Recipe, Slice, Source, table
@@ -611,14 +613,54 @@ def test_tokenizers_and_chat_templates(tmp_path: Path) -> None:
     for keys, expected in {
         "": (None, None, "auto"),
         "tokenizer_source: union": ("union", None, "auto"),
-        "tokenizer_source: {model: {path: b}}\nchat_template: chatml": ("b", None, "chatml"),
+        "tokenizer_source: {model: {path: a}}\nchat_template: '{{ x }}'": ("a", None, "{{ x }}"),
+        "chat_template: chatml": (None, None, BY_NAME["chatml"]),
         "tokenizer: {}": ("union", None, "auto"),
         "tokenizer: {source: base, tokens: {}}": ("base", None, "auto"),
         "tokenizer: {pad_to_multiple_of: 8}\nchat_template: auto": ("union", 8, "auto"),
     }.items():
         recipe = read(text + keys, tmp_path)
         assert (recipe.tokenizer, recipe.pad_to_multiple_of, recipe.chat_template) == expected
-        assert read(as_yaml(recipe), tmp_path).tokenizer == recipe.tokenizer
+        again = read(as_yaml(recipe), tmp_path)
+        assert (again.tokenizer, again.pad_to_multiple_of, again.chat_template) == expected
+
+
+SAID = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "chatml",
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant"
+            "\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA"
+            "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|><|start_header_id|>"
+            "assistant<|end_header_id|>\n\n",
+        ),
+        ("mistral", "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]"),
+        (
+            "alpaca",
+            "S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n### Instruction:\nV\n\n"
+            "### Response:\n",
+        ),
+        (
+            "exaone",
+            "[|system|]S[|endofturn|]\n[|user|]U\n[|assistant|]A[|endofturn|]\n[|user|]V\n"
+            "[|assistant|]",
+        ),
+    ],
+)
+def test_chat_templates_by_name(name: str, expected: str) -> None:
+    messages = [{"role": role, "content": content} for role, content in SAID]
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(BY_NAME[name])
+    values = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+    assert template.render(messages=messages, **values) == expected
 
 
 # -------------------------------------------------------------------- cards

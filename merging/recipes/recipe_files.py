@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from merging.problems import Problems, reading, refuse
+from merging.recipes.chat_templates import BY_NAME as TEMPLATES
 from merging.recipes.declarations import DONOR, OPERAND, ORIGIN
 from merging.recipes.methods import METHODS, PASSTHROUGH
+from merging.recipes.model_names import as_path
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Recipe, Slice, Source
 from merging.recipes.recipe_sources import (
@@ -72,6 +74,7 @@ def read_recipe(path: Path) -> Recipe:
         document.wrong(place, f"expected models besides {reader.base}, as in the other slices")
     refuse(document.problems)
     recipe = _recipe(reader, slices, outer, settings)
+    _check_words(document, top, recipe)
     _check_together(reader, recipe)
     return replace(recipe, text=document.text, notes=(*notes, *recipe.notes, *reader.notes()))
 
@@ -170,7 +173,7 @@ def _settings(document: Document, top: Fields) -> dict[str, Any]:
             document.wrong("tokenizer", "stands beside tokenizer_source; give one of them")
         found |= _tokenizer(document, words)
     template = top.take("chat_template", lambda v: v is None or is_name(v), "a text", None)
-    return found | ({"chat_template": template} if template is not None else {})
+    return found | ({"chat_template": TEMPLATES.get(template, template)} if template else {})
 
 
 def _is_dtype(value: Any) -> bool:
@@ -209,6 +212,22 @@ def _recipe(
         scale = {"scale": Schedule((1.0,))}
         return Recipe(PASSTHROUGH, tuple(copied), reader.base, scale, notes=notes, **settings)
     return Recipe(method, tuple(slices), reader.base, values, **settings)
+
+
+def _check_words(document: Document, top: Fields, recipe: Recipe) -> None:
+    """Find a tokenizer or chat template that nobody has."""
+    models = ", ".join(recipe.models)
+    if recipe.tokenizer not in (None, "base", "union", *recipe.models):
+        path = "tokenizer.source" if "tokenizer" in top else "tokenizer_source"
+        expected = f"base, union, or a model that is merged ({models})"
+        document.wrong(path, f"expected {expected}, found {recipe.tokenizer}")
+    template = recipe.chat_template
+    is_text = "{" in template or "\n" in template
+    if not (
+        is_text or template in ("auto", "donor", *recipe.models) or as_path(template).is_file()
+    ):
+        known = f"auto, {', '.join(TEMPLATES)}, a model that is merged ({models}), a file or a text"
+        document.wrong("chat_template", f"expected {known}, found {template}")
 
 
 def _check_together(reader: Reader, recipe: Recipe) -> None:
