@@ -254,6 +254,19 @@ BAD = {
         TIES + "parameters: {trim_scope: layer}",
         ["7: parameters.trim_scope: expected tensor or model, found 'layer'"],
     ),
+    "models trimmed by layer": (
+        TIES + "parameters:\n  trim_scope: model\n  density: [0.1, 1]",
+        ["8: parameters.trim_scope: model needs whole models, and one density"],
+    ),
+    "models trimmed in slices": (
+        PAIR.replace("slerp", "ties").replace("t: 0.5", "weight: 1, trim_scope: model")
+        + "      - {model: a, layer_range: [0, 4]}",
+        ["3: parameters.trim_scope: model needs whole models"],
+    ),
+    "a merged base in slices": (
+        PAIR + "      - {model: a, layer_range: [0, 4]}\nmerge_base: true",
+        ["8: merge_base: is for whole `models`"],
+    ),
     "parameters a list": (TIES + "parameters: [1]", ["7: parameters: expected a mapping of"]),
     "negative weights": (
         TIES.replace("weight: 1", "weight: -1"),

@@ -66,7 +66,7 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
         several = f"; {PARTS}" if len(fitting) > 1 else ""
         raise Problems(
             f"{checkpoint.name}: expected one stack of {depths[0]} numbered layers, found "
-            f"{some(fitting) if fitting else 'none'}; bakllama.py stacks the layers of decoders"
+            f"{some(fitting) if fitting else 'none'}; layers are stacked of decoders alone"
             f"{several}"
         )
     chosen = stacks[fitting[0]]

@@ -228,7 +228,7 @@ def _packed_problems(recipe: Recipe, words: Checkpoint) -> Iterator[str]:
 def _unstackable(model: Checkpoint) -> str:
     """Say why a model has no one stack of decoder layers; nothing if it has."""
     if getattr(model.config, "is_encoder_decoder", False):
-        return "an encoder-decoder model; bakllama.py stacks the layers of decoders alone"
+        return "an encoder-decoder model; layers are stacked of decoders alone"
     if text_config(model.config) is not model.config:
         return PARTS
     return ""

@@ -56,7 +56,7 @@ def read_recipe(path: Path) -> Recipe:
     Problems list all that is wrong with it, with its key's path and line.
     """
     document, notes = _find(path)
-    top = Fields(document, document.content, "", (*KEYS, *OWN, *IDLE), REFUSED)
+    top = Fields(document, document.content, "", (*KEYS, *OWN), REFUSED, IDLE)
     methods = ", ".join(BY_NAME)
     name = top.take("merge_method", lambda v: str(v) in BY_NAME, f"one of {methods}")
     if name is None:
@@ -146,6 +146,8 @@ def _slices(reader: Reader, top: Fields, outer: Values) -> list[Slice]:
         for key in ("models", "slices")
         if (given := top.take(key, lambda v: v is None or is_list(v), "a list of entries", None))
     }
+    if "slices" in entries and reader.merges_base:
+        reader.document.wrong("merge_base", "is for whole `models`; slices list what they merge")
     if len(entries) == 1:
         ((key, listed),) = entries.items()
         return (read_models if key == "models" else read_slices)(reader, listed, outer)
@@ -240,4 +242,10 @@ def _check_together(reader: Reader, recipe: Recipe) -> None:
         path = f"slices[{number}]" if recipe.is_stack else "models"
         for refusal in filter(None, refusals):
             reader.document.wrong(path, refusal)
+    for parameter in recipe.method.parameters:
+        varying = {p.name for p, _, schedule in recipe.schedules() if schedule.varies}
+        value, fixed = recipe.values.get(parameter.name), parameter.same_for_all
+        if fixed and value != parameter.default and (fixed in varying or recipe.is_stack):
+            needed = f"{value} needs whole models, and one {fixed} for the whole of each"
+            reader.document.wrong(f"parameters.{parameter.name}", needed)
     refuse(reader.document.problems)

@@ -110,6 +110,8 @@ def _idle(reader: Reader, parameter: Parameter, owner: str) -> str:
     name, method = parameter.name, reader.method
     if name in NOT_MERGEKITS.get(method.name, ()) and not reader.beyond:
         return f"mergekit's {method.name} has no {name}; `beyond_mergekit: true` gives it one"
+    if parameter.with_base and reader.base is None:
+        return f"{name} scales the change to a base, and there is none"
     if owner == "base" and parameter.per_model:
         return "the base is what the others are compared with"
     if owner in ("source", "base") and not is_per_source(parameter, method):

@@ -130,6 +130,7 @@ class Fields:
         path: str,
         known: Sequence[str],
         refused: Mapping[str, str] | None = None,  # why, by key
+        passed_over: Sequence[str] = (),
     ) -> None:
         self._document, self._path = document, path
         self._is_mapping = isinstance(content, dict)
@@ -140,7 +141,7 @@ class Fields:
         for key in self._content:
             if refused and key in refused:
                 document.wrong(self.at(key), refused[key])
-            elif key not in known:
+            elif key not in known and key not in passed_over:
                 document.wrong(self.at(key), f"unknown key; known are {', '.join(known)}")
 
     def at(self, key: object) -> str:
