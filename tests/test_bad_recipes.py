@@ -86,6 +86,8 @@ BAD = {
     ),
     "both": (PAIR + "models: [{model: a}]", ["either `models` or `slices`, found both"]),
     "neither": ("merge_method: linear", ["either `models` or `slices`, found neither"]),
+    "models of nothing": ("merge_method: linear\nmodels:", ["found neither"]),
+    "no models": ("merge_method: linear\nmodels: []", ["2: models: expected a list", "found []"]),
     "models a mapping": (
         "merge_method: linear\nmodels: {model: a}",
         ["2: models: expected a list of entries"],

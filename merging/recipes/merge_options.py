@@ -54,6 +54,15 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument(
         "output", type=os.path.expanduser, help="directory to write the merged model to"
     )
+    _add_what(parser, shown)
+    _add_parameters(parser, shown)
+    add_word_options(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser, shown: Mapping[str, Method]) -> None:
+    """Add the options that say what to merge, and by which of the methods."""
     parser.add_argument(
         "--merge",
         metavar="MODEL",
@@ -83,10 +92,6 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="a recipe of mergekit, or a model card with one, in place of all that says what to "
         "merge",
     )
-    _add_parameters(parser, shown)
-    add_word_options(parser)
-    add_common_options(parser)
-    return parser
 
 
 def _methods_of(argv: Sequence[str]) -> Mapping[str, Method]:

@@ -27,7 +27,15 @@ from merging.recipes.recipe_sources import (
 )
 from merging.recipes.recipe_values import Reader, Values, read_values, resolved
 from merging.recipes.user_files import read_text
-from merging.recipes.yaml_files import LARGEST, Document, Fields, is_count, is_name, parse_yaml
+from merging.recipes.yaml_files import (
+    LARGEST,
+    Document,
+    Fields,
+    is_count,
+    is_name,
+    kind,
+    parse_yaml,
+)
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,}) *(\w*)[^`]*")
 IS_RECIPE = re.compile(r"^merge_method *:", re.MULTILINE)
@@ -44,6 +52,7 @@ IDLE = (
 ).split()
 REFUSED = {
     **MISPLACED,
+    "layer_slices": "a stack of bakllama.py: give the file to that",
     "modules": "no model is merged by modules here; if it is `default` alone, write what is under "
     "it at the top",
 }
@@ -144,14 +153,17 @@ def _slices(reader: Reader, top: Fields, outer: Values) -> list[Slice]:
     entries = {
         key: given
         for key in ("models", "slices")
-        if (given := top.take(key, lambda v: v is None or is_list(v), "a list of entries", None))
+        if (given := top.take(key, is_anything, "", None)) is not None
     }
+    wrong = [key for key, given in entries.items() if not is_list(given)]
+    for key in wrong:
+        reader.document.wrong(key, f"expected a list of entries, found {kind(entries[key])}")
     if "slices" in entries and reader.merges_base:
         reader.document.wrong("merge_base", "is for whole `models`; slices list what they merge")
-    if len(entries) == 1:
+    if len(entries) == 1 and not wrong:
         ((key, listed),) = entries.items()
         return (read_models if key == "models" else read_slices)(reader, listed, outer)
-    if entries or not any(key in top for key in ("models", "slices", "modules")):
+    if len(entries) != 1 and "modules" not in top:
         found = "both" if entries else "neither"
         reader.document.wrong("", f"expected either `models` or `slices`, found {found}")
     return []

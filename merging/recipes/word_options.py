@@ -2,7 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from merging.recipes.recipe import Recipe
 
 WORD_OPTIONS = ("--tokenizer", "--pad-to-multiple-of", "--chat-template")
 LARGEST_MULTIPLE = 1 << 16
@@ -61,6 +64,19 @@ def word_wishes(
         template = "donor"
     multiple = arguments.pad_to_multiple_of
     return {"tokenizer": wish, "pad_to_multiple_of": multiple, "chat_template": template}
+
+
+def without_words(arguments: argparse.Namespace, recipe: Recipe, problems: list[str]) -> Recipe:
+    """Return a recipe's file with what `--no-copy-tokenizer` makes of it."""
+    if arguments.copy_tokenizer:
+        return recipe
+    for key, wished in (
+        ("tokenizer", recipe.tokenizer is not None),
+        ("chat_template", recipe.chat_template not in ("auto", "donor")),
+    ):
+        if wished:
+            problems.append(f"--no-copy-tokenizer leaves out the {key} that the recipe asks for")
+    return replace(recipe, chat_template="donor")
 
 
 def _multiple(text: str) -> int:
