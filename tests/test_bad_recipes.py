@@ -373,6 +373,9 @@ def test_all_problems_are_reported_together(
         (["--seed", "3"], "--seed beside --recipe"),
         (["--trim-scope", "model"], "--trim-scope beside --recipe"),
         (["--density", "1", "--lambda", "2"], "--lambda beside --recipe"),
+        (["--tokenizer", "union"], "--tokenizer beside --recipe"),
+        (["--chat-template", "donor"], "--chat-template beside --recipe"),
+        (["--pad-to-multiple-of", "8"], "--pad-to-multiple-of beside --recipe"),
     ],
 )
 def test_options_that_the_file_speaks_of_are_refused(

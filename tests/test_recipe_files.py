@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
 import pytest
 import torch
-from helpers import Make, contents, loads_clean, make_adapter, stored
+import transformers as tf
+from helpers import Make, contents, fails, loads_clean, make_adapter, stored, word_level
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
@@ -739,6 +741,44 @@ def test_a_card_makes_the_model_again(name: str, folder: Path) -> None:
     assert Path("made/README.md").read_text().split("```yaml")[1].split("```")[0] in card
     assert "no effect" not in card
     loads_clean(Path("again"))
+
+
+def test_a_recipe_and_a_card_say_whose_words_an_output_has(make: Make, folder: Path) -> None:
+    tokens = ["<unk>", *(f"w{i}" for i in range(91)), "w100"]
+    for seed, name in enumerate(("plain", "chat"), 4):
+        words = [*tokens, "<|im_start|>", "<|im_end|>"] if name == "chat" else tokens
+        shutil.copytree(make("llama", seed, vocab_size=len(words)), name)
+        tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=word_level(words))
+        tokenizer.save_pretrained(name)
+    Path("chat.jinja").write_text("{{ messages[0]['content'] }}<|im_end|>")
+    options = ["--method", "linear", "--weight", "1", "--merge", "plain", "--merge", "chat"]
+    options += ["--pad-to-multiple-of", "8", "--tokenizer"]
+    assert main.main(["made", *options, "union", "--chat-template", "chat.jinja"]) == 0
+    assert main.main(["again", "--recipe", "made/README.md"]) == 0
+    text = (
+        "merge_method: linear\nmodels: [{model: plain}, {model: chat}]\nparameters: {weight: 1}\n"
+    )
+    text += "tokenizer: {pad_to_multiple_of: 8}\nchat_template: chat.jinja\n"
+    run("recipe", text)
+    made, again, read_from = (contents(Path(name)) for name in ("made", "again", "recipe"))
+    for files in (made, again, read_from):
+        del files["README.md"]
+    assert made == again == read_from
+    assert stored(Path("made"))["lm_head.weight"].shape[0] == 96
+    run("of_chat", text.replace("tokenizer:", "tokenizer: {source: chat}\nname:"))
+    assert main.main(["asked", *options, "chat", "--chat-template", "chat.jinja"]) == 0
+    assert stored(Path("of_chat"))["lm_head.weight"].shape[0] == 95
+
+
+def test_no_copy_tokenizer_beside_a_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n"
+    run("out", text, "--no-copy-tokenizer")
+    assert not Path("out/tokenizer_config.json").exists()
+    Path("recipe.yml").write_text(text + "tokenizer_source: union\n")
+    message = fails(capsys, "more", "--recipe", "recipe.yml", "--no-copy-tokenizer")
+    assert "--no-copy-tokenizer leaves out the tokenizer that the recipe asks for" in message
 
 
 def test_a_card_of_trimmed_models_makes_them_again(folder: Path) -> None:
