@@ -13,7 +13,7 @@ from merging.recipes.methods import METHODS
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Recipe, Slice, Source, Value
 from merging.recipes.recipe_files import read_recipe
-from merging.recipes.word_options import without_words, word_wishes
+from merging.recipes.word_options import WORD_OPTIONS, without_words, word_wishes
 
 Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command line
 
@@ -123,10 +123,9 @@ def _pairing_problem(parameter: Parameter, given: Given, numbers: int) -> str | 
 def _given(arguments: argparse.Namespace) -> list[str]:
     """Return the options that are given of those that say what to merge."""
     given = {option for option, _ in arguments.given}
-    others = {"--method", "--base-model", "--tokenizer", "--pad-to-multiple-of"}
+    others = {"--method", "--base-model", *WORD_OPTIONS}
     others |= {p.option for m in METHODS.values() for p in m.parameters if not p.is_number}
     asked = {option: getattr(arguments, option[2:].replace("-", "_"), None) for option in others}
-    given |= {"--chat-template"} if arguments.chat_template != "auto" else set()
     return sorted(given.union(option for option, value in asked.items() if value is not None))
 
 
