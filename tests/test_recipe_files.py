@@ -572,7 +572,7 @@ parameters: {weight: [4, 5], lambda: 0.9, seed: 7}
     assert (arguments["weights"], arguments["lambda_"]) == ([3.0, 3.0], 0.9)
     assert part.base is not None and part.base.layers == range(2)
     assert (
-        "\nslice 0, seed = 7, normalized, lambda = 0.9\nbase   0 to 2, exclusive, base\n"
+        "\nslice 0, seed = 7, normalized, lambda = 0.9\nbase   0 to 2, exclusive  base\n"
         in table(recipe)
     )
 

@@ -239,14 +239,12 @@ def _range(source: Source) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines, their columns aligned; a row of one cell stands for itself."""
+    """Return rows as lines, their columns aligned; below the first, rows of one cell are titles."""
     columns = max(map(len, rows))
     cells = [[*row, *[""] * (columns - len(row))] for row in rows]
+    counted = [rows[0], *(row for row in rows[1:] if len(row) > 1)]
     widths = [
-        max(
-            (len(cell[i]) for cell, row in zip(cells, rows, strict=True) if len(row) > 1), default=0
-        )
-        for i in range(columns)
+        max((len(row[i]) for row in counted if i < len(row)), default=0) for i in range(columns)
     ]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
