@@ -459,6 +459,21 @@ def test_slices_of_all_layers_are_whole_models(folder: Path) -> None:
     assert whole == sliced
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mixtral", "opt", "qwen3-moe"])
+def test_slices_of_all_layers_of_other_architectures(
+    name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").symlink_to(make(name, 1))
+    Path("b").symlink_to(make(name.removesuffix("-tied"), 2))  # one of two is tied
+    text = "merge_method: slerp\nbase_model: b\nparameters: {t: [0.2, 0.9]}\n"
+    sources = "[{model: a, layer_range: [0, 6]}, {model: b, layer_range: [0, 6]}]"
+    whole = contents(run("whole", f"{text}models: [{{model: a}}]", "--no-model-card"))
+    sliced = contents(run("sliced", f"{text}slices: [{{sources: {sources}}}]", "--no-model-card"))
+    assert whole == sliced
+    loads_clean(Path("sliced"))
+
+
 def test_layers_of_different_kinds_are_warned_about(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
