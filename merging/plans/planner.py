@@ -44,7 +44,7 @@ def plan_model(
     layout = lay_out(recipe, models, structure)
     speakers = list(layout.vocabularies)
     if recipe.tokenizer is not None or recipe.chat_template not in ("auto", "donor"):
-        speakers += models.values()  # of a stack, those in its middle too
+        speakers = [speakers[0], *models.values()]  # of a stack, those in its middle too
     words = settle_words(structure, speakers, recipe, trust_remote_code)
     notes = list(words.notes)
     tensors, problems = _plan_tensors(recipe, layout, words, dtype)
