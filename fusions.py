@@ -45,9 +45,10 @@ def sce(
     to = device or base.device
     limit = _smallest_variance(base, tensors, select_topk, to)
 
-    def select(deltas: list[Tensor]) -> None:
+    def select(deltas: list[Tensor], scratch: Scratch) -> None:
         if limit >= 0:
-            selected = torch.hardshrink(variance(deltas), limit).sign_()
+            selected = variance(deltas, scratch)
+            torch.hardshrink(selected, limit, out=selected).sign_()
             for delta in deltas:
                 delta.mul_(selected)
 
@@ -55,7 +56,7 @@ def sce(
     weights = normalized(squares) if sum(squares) > 0 else [1 / len(squares)] * len(squares)
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
-        select(deltas)
+        select(deltas, scratch)
         signs = elected_signs(deltas, [1.0] * len(deltas), False, scratch)
         return disjoint_sum(deltas, weights, signs, True, scratch)
 
@@ -215,9 +216,11 @@ def arcee_fusion(
 
     def keep(_: int, delta: Tensor, part: slice, scratch: Scratch) -> None:
         rows = of_rows[part.start // length : -(-part.stop // length)]
-        importance = delta.abs().view(-1, length).mul_(rows[:, None]).view(-1)
         if limit > 0:
-            delta.mul_(torch.hardshrink(importance, float_below(limit, delta.dtype)).sign_())
+            importance = torch.abs(delta, out=scratch("importance", delta.dtype, len(delta)))
+            importance.view(-1, length).mul_(rows[:, None])
+            torch.hardshrink(importance, float_below(limit, delta.dtype), out=importance)
+            delta.mul_(importance.sign_())
 
     work, add = torch.float64, addition([1.0], False)
     return combined(base, tensors, keep, add, lambda_, dtype, device, whole_rows=True, work=work)

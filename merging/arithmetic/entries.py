@@ -65,22 +65,30 @@ def variances(base: Tensor, tensors: Sequence[Tensor], device: torch.device) -> 
     flat = [t.reshape(-1) for t in (base, *tensors)]
 
     def of(part: slice, scratch: Scratch | None) -> Tensor:
-        values = [t[part].to(device).double() for t in flat]
-        return variance([value - values[0] for value in values[1:]])
+        parts = [t[part] for t in flat]
+        count = len(parts[0])
+        scratch = scratch or Scratch(count, device)
+        origin, *others = (
+            load(scratch(i, torch.float64, count), values) for i, values in enumerate(parts)
+        )
+        return variance([other.sub_(origin) for other in others], scratch)
 
     return Entries(base.numel(), torch.float64, device, of)
 
 
-def variance(deltas: Sequence[Tensor]) -> Tensor:
+def variance(deltas: Sequence[Tensor], scratch: Scratch) -> Tensor:
     """Return the variance of deltas times N^2, entry by entry; 0 where all are equal.
 
     N sum_i x_i^2 - (sum_i x_i)^2, with x_i = delta_i - delta_1. As x_1 = 0 this is at least
     sum_i x_i^2, so little cancels; and in float64 it is exact for changes of few digits, so that
     the order of the models does not make equal variances unequal.
     """
-    total, squares = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    names = ("entries", "total", "other")
+    squares, total, other = (scratch(name, deltas[0].dtype, len(deltas[0])) for name in names)
+    squares.zero_()
+    total.zero_()
     for delta in deltas[1:]:
-        other = delta - deltas[0]
+        torch.sub(delta, deltas[0], out=other)
         total.add_(other)
         squares.add_(other.square_())
     return squares.mul_(len(deltas)).sub_(total.square_())
@@ -95,8 +103,13 @@ def weighted_magnitudes(
 
     def of(part: slice, scratch: Scratch | None) -> Tensor:
         start, stop, step = part.indices(found.number)
-        rows = torch.arange(start, stop, step, device=device).div_(length, rounding_mode="floor")
-        return found.of(part, scratch).mul_(of_rows[rows])
+        count = len(range(start, stop, step))
+        buffers = scratch or Scratch(count, device)
+        rows = torch.arange(start, stop, step, out=buffers("rows", torch.int64, count))
+        rows.div_(length, rounding_mode="floor")
+        factors = buffers("factors", torch.float64, count)
+        torch.index_select(of_rows, 0, rows, out=factors)
+        return found.of(part, scratch).mul_(factors)
 
     return found._replace(of=of)
 
@@ -110,13 +123,13 @@ def divergences(base: Tensor, tensor: Tensor, device: torch.device) -> Tensor:
     """
     length = row_length(base)
     rows = [t.reshape(-1, length) for t in (base, tensor)]
-    found = []
-    for part in chunks(len(rows[0]), max(1, chunk_size(base.numel(), device) // length)):
+    found = torch.empty(len(rows[0]), dtype=torch.float64, device=device)
+    for part in chunks(len(found), max(1, chunk_size(base.numel(), device) // length)):
         origin, values = (t[part].to(device).double() for t in rows)
         before = origin.softmax(1)
         delta = values - origin
         delta.sub_(delta[:, :1].clone())
         delta.sub_((before * delta).sum(1, keepdim=True))
         after = torch.log1p((before * delta.expm1()).sum(1))
-        found.append((values.softmax(1) * delta).sum(1).sub_(after).clamp_min_(0))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=device)
+        torch.sub((values.softmax(1) * delta).sum(1), after, out=found[part]).clamp_min_(0)
+    return found

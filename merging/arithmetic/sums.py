@@ -103,7 +103,7 @@ def _gram(flat: Sequence[Tensor], has_base: bool, work: torch.dtype, device: tor
 def squared_norms(
     base: Tensor,
     tensors: Sequence[Tensor],
-    select: Callable[[list[Tensor]], None],
+    select: Callable[[list[Tensor], Scratch], None],
     device: torch.device,
 ) -> list[float]:
     """Return |delta_t|^2 of what `select` leaves of the deltas, which it changes, in float64."""
@@ -118,7 +118,7 @@ def _dot_products(
     pairs: Sequence[tuple[int, int]],
     work: torch.dtype,
     device: torch.device,
-    select: Callable[[list[Tensor]], None] | None = None,
+    select: Callable[[list[Tensor], Scratch], None] | None = None,
 ) -> dict[tuple[int, int], float]:
     """Return products: those of entries and sums of blocks in `work`, the sum of those exact.
 
@@ -139,7 +139,7 @@ def _dot_products(
             for part in parts:
                 part.sub_(origin)
         if select is not None:
-            select(parts)
+            select(parts, scratch)
         product = scratch("product", work)
         for (i, j), of_pair in sums.items():
             torch.mul(parts[i], parts[j], out=product)
