@@ -193,7 +193,7 @@ def steps(count: int, shape: Sequence[int], dtype: torch.dtype, seed: int = 3) -
 def test_agrees_with_the_oracle(
     name: str, count: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    base = randoms(1, (37, 211), dtype)[0]
+    base = randoms(1, (23, 131), dtype)[0]
     models = finetunes(base, count)
     _, expected = CASES[name][0](base, models)
     result, _ = CASES[name][0](base.to(device), [m.to(device) for m in models])
@@ -202,7 +202,7 @@ def test_agrees_with_the_oracle(
     assert wrong(result.cpu(), expected) == 0
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name, count", COUNTS)
 def test_equal_magnitudes_are_treated_alike(name: str, count: int, dtype: torch.dtype) -> None:
     base, *models = steps(count, (23, 41), dtype)
