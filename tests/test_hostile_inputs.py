@@ -383,7 +383,7 @@ CASES: dict[str, Case] = {
         written("broken/tokenizer_config.json", BRACKETS, *ALONE), "broken", may_succeed=True
     ),
     "tokenizer of brackets": case(
-        written("broken/tokenizer.json", BRACKETS, *ALONE), "broken", "tokenizer"
+        written("broken/tokenizer.json", BRACKETS), "broken", "tokenizer"
     ),
     "generation config of brackets": case(
         written("broken/generation_config.json", BRACKETS, *ALONE),
@@ -603,6 +603,9 @@ CASES: dict[str, Case] = {
     ),
     "Git LFS pointer to a tokenizer": case(
         written("broken/tokenizer.json", LFS, *ALONE), "tokenizer.json", "LFS"
+    ),
+    "Git LFS pointer to a licence": case(
+        written("broken/LICENSE", LFS, *ALONE), "broken", "LICENSE", "LFS"
     ),
     "Git LFS pointer to a config": case(written("broken/config.json", LFS), "config.json", "LFS"),
     "Git LFS pointer to an adapter": case(

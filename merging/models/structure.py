@@ -35,6 +35,7 @@ COMPUTED_BUFFERS = re.compile(
 BEFORE_LAYERS = re.compile(
     r"(?<!un)emb|project_in|patch_conv|(^|\.)conv\d\.|pre_?layr?norm|layernorm_pre|(^|\.)ln_pre"
     r"|per_layer_model_projection|per_layer_projection_norm|input_hidden_states"
+    r"|(^|\.)altup_projections|(^|\.)position_bias\.|feature_projection|(^|\.)conv_layers\.\d"
 )
 AFTER_LAYERS = re.compile(r"embedding_norm\.|multi_modal_projector|(^|\.)mtp|(^|\.)lm_head")
 

@@ -18,6 +18,7 @@ from merging.models.reading_ahead import read_ahead
 from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table, with_dtype
+from merging.recipes.user_files import check_readable
 from merging.runs.console import peak_memory, say, say_path
 from merging.runs.outputs import output_problems, space_problems
 
@@ -155,4 +156,9 @@ def _files(donor: Path, words: "Words", arguments: argparse.Namespace) -> dict[s
             files[GENERATION_CONFIG] = of_owner[GENERATION_CONFIG]
     for name in words.left_out:
         files.pop(name, None)
-    return {**files, **words.files} if copied else files
+    files = {**files, **words.files} if copied else files
+    for name, file in files.items():
+        if isinstance(file, Path):
+            with reading(file.parent, name):
+                check_readable(file)
+    return files
