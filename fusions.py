@@ -16,6 +16,7 @@ from merging.arithmetic.entries import divergences, variance, variances, weighte
 from merging.arithmetic.selection import count_nonzero, float_below, kth_largest, quantile
 from merging.arithmetic.signs import disjoint_sum, elected_signs
 from merging.arithmetic.sums import squared_norms, weighted_total
+from merging.arithmetic.watching import show_kept
 from merging.arithmetic.weights import check_range, normalized
 
 
@@ -57,6 +58,7 @@ def sce(
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
         select(deltas, scratch)
+        show_kept(deltas)
         signs = elected_signs(deltas, [1.0] * len(deltas), False, scratch)
         return disjoint_sum(deltas, weights, signs, True, scratch)
 
@@ -130,6 +132,7 @@ def _ram(
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
         count = _keep_changed(deltas, epsilon)
+        show_kept(deltas)
         mean = weighted_total(deltas, [1.0] * len(deltas), scratch).div_(count.clamp_min(1))
         if any(scale != 1 for scale in scales):
             more = sum(d.mul_(s - 1) for d, s in zip(deltas, scales, strict=True))

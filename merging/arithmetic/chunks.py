@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from merging.arithmetic.watching import current_watcher
+
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
 DEVICE_CHUNK = 1 << 24  # elements: enough to keep an accelerator busy between kernel launches
@@ -105,10 +107,15 @@ def add_to_base(
     out = torch.empty_like(flat[0], dtype=dtype or base.dtype)
     size = chunk_size(len(out), device, row_length=row_length(base) if whole_rows else 1)
     scratch = Scratch(size, device)
+    watcher = current_watcher()
     for part in chunks(len(out), size):
         origin, *deltas = load_deltas(flat, part, work, scratch)
+        if watcher is not None:
+            watcher.before(part, origin, deltas, scratch)
         merged = merge(deltas, part, scratch)
         if lambda_ != 1:
             merged.mul_(lambda_)
         store(out[part], merged.add_(origin))
+        if watcher is not None:
+            watcher.after(out[part])
     return out.view(base.shape)

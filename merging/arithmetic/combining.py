@@ -9,6 +9,7 @@ from torch import Tensor
 from merging.arithmetic.chunks import Scratch, add_to_base
 from merging.arithmetic.signs import disjoint_sum, elected_signs
 from merging.arithmetic.sums import weighted_total
+from merging.arithmetic.watching import show_kept
 from merging.arithmetic.weights import normalized
 
 LARGEST_WEIGHT = 1e30  # of elections: in float32, larger ones would overflow
@@ -41,6 +42,7 @@ def combined(
         nothing = [] if keeps_infinities else [_zero_if_finite(delta) for delta in deltas]
         for t, delta in enumerate(deltas):
             sparsify(t, delta, part, scratch)
+        show_kept(deltas)
         merged = combine(deltas, scratch)
         return merged.add_(sum(nothing)) if nothing else merged
 

@@ -52,7 +52,7 @@ MODEL_FILES = re.compile(
 
 # What else a folder may hold that is nothing but a model.
 MADE_FILES = re.compile(
-    r"^(config\.json|README\.md|\.gitattributes|[^/]*\.safetensors(\.index\.json)?"
+    r"^(config\.json|README\.md|merge\.svg|\.gitattributes|[^/]*\.safetensors(\.index\.json)?"
     r"|pytorch_model[^/]*\.bin(\.index\.json)?|\.cache/huggingface/.*)$"
 )
 

@@ -76,17 +76,12 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     return Layers(fitting[0], [chosen[i] for i in range(depth)], others, frozenset(beyond))
 
 
-def places(
-    names: Iterable[str], before: Container[str], depth: int, beyond: int = 0
-) -> dict[str, float]:
-    """Map names of tensors to their places: i / (n - 1) for layer i of n, else 0 or 1.
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Return the stacks of numbered layers by their names' beginning, and how many each has.
 
-    0 for those `before` the layers (embeddings), 1 for all others (final norm, head). Each stack of
-    numbered layers (encoder, decoder, vision tower) counts its own; numbered modules that are made
-    of no others, as in the two linears of a projector, are no layers. Those `beyond` the `depth` of
-    a decoder, which predict more tokens, are at 1.
+    Numbered modules that are made of no others, as in the two linears of a projector, are no
+    layers.
     """
-    names = list(names)
     sizes: dict[str, int] = {}
     composite = set()
     for name in names:
@@ -94,12 +89,26 @@ def places(
             sizes[match["stack"]] = max(sizes.get(match["stack"], 0), int(match["index"]) + 1)
             if "." in match["part"]:
                 composite.add(match["stack"])
+    return {stack: size for stack, size in sizes.items() if stack in composite}
+
+
+def places(
+    names: Iterable[str], before: Container[str], depth: int, beyond: int = 0
+) -> dict[str, float]:
+    """Map names of tensors to their places: i / (n - 1) for layer i of n, else 0 or 1.
+
+    0 for those `before` the layers (embeddings), 1 for all others (final norm, head). Each stack of
+    numbered layers (encoder, decoder, vision tower) counts its own. Those `beyond` the `depth` of
+    a decoder, which predict more tokens, are at 1.
+    """
+    names = list(names)
+    sizes = stacks(names)
 
     def place(name: str) -> float:
         match = NUMBERED.match(name)
         if any(part.startswith("mtp") for part in name.split(".")):
             return 1.0
-        if not match or match["stack"] not in composite:
+        if not match or match["stack"] not in sizes:
             return 0.0 if name in before else 1.0
         size = sizes[match["stack"]]
         size -= beyond if size == depth + beyond else 0

@@ -25,6 +25,7 @@ class PlannedTensor:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the method
     has_base: bool = False  # whether the first source is the base of the others
     own_rows: tuple[OwnRows, ...] = ()  # that take the place of what the method gives there
+    models: tuple[str, ...] = ()  # whose the sources are
 
     @property
     def how(self) -> str:
@@ -61,6 +62,12 @@ class Plan:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of it
     trims_models: bool = False  # as a whole, by thresholds that are found before merging
+
+    def check_sources(self) -> None:
+        """Raise Problems if a file that tensors are read from has changed."""
+        for tensor in self.tensors.values():
+            for source in tensor.sources:
+                source.check()
 
     @property
     def parameters(self) -> int:

@@ -84,7 +84,8 @@ def _plan_tensors(
         lacking = recipe.missing(role.part, arguments)
         weights = None if lacking else arguments.get("weights")
         matched = words.match(role.given, role.operands, weights)
-        tensors[name] = _planned(recipe, matched, arguments, dtype)
+        owners = tuple(model.name for model, _ in role.operands)
+        tensors[name] = _planned(recipe, matched, owners, arguments, dtype)
         if lacking:
             missing.setdefault(lacking[0], []).append(name)
         elif refusal := recipe.refusal(arguments):
@@ -99,15 +100,19 @@ def _plan_tensors(
 
 
 def _planned(
-    recipe: Recipe, matched: Matched, arguments: Mapping[str, object], dtype: torch.dtype | None
+    recipe: Recipe,
+    matched: Matched,
+    models: tuple[str, ...],
+    arguments: Mapping[str, object],
+    dtype: torch.dtype | None,
 ) -> PlannedTensor:
     given, sources, own = matched
     target = output_dtype(given.dtype, dtype)
     is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
     if is_copy or not given.is_floating:
-        return PlannedTensor(sources, given.shape, target, own_rows=own)
+        return PlannedTensor(sources, given.shape, target, own_rows=own, models=models)
     return PlannedTensor(
-        sources, given.shape, target, recipe.method, arguments, recipe.takes_base, own
+        sources, given.shape, target, recipe.method, arguments, recipe.takes_base, own, models
     )
 
 

@@ -56,6 +56,15 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="write a README.md that says what the model was made of (default: --model-card)",
     )
+    group.add_argument(
+        "--report",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="write what the models have in common, and what the output has of each, as a page "
+        "(FILE.html) or as numbers (FILE.json); may be given twice. With --dry-run it reads all "
+        "tensors and writes nothing else",
+    )
     talk = group.add_mutually_exclusive_group()
     flag("--quiet", "print nothing but errors, and the output's path", talk)
     flag("--verbose", "print how each tensor is made, and all warnings", talk)

@@ -22,12 +22,17 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
     return content.decode("utf-8")
 
 
-def check_readable(path: Path) -> None:
-    """Raise OSError if a file may not be read, ValueError if Git has not fetched its content."""
+def read_start(path: Path, size: int = 4096) -> bytes:
+    """Return the first bytes of a file. ValueError if it is no ordinary file."""
     with open(path, "rb", opener=_at_once) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError(f"{path.name}: expected an ordinary file")
-        _check_no_pointer(path, stream.read(len(LFS_POINTER)))
+        return stream.read(size)
+
+
+def check_readable(path: Path) -> None:
+    """Raise OSError if a file may not be read, ValueError if Git has not fetched its content."""
+    _check_no_pointer(path, read_start(path, len(LFS_POINTER)))
 
 
 def _at_once(path: str, flags: int) -> int:

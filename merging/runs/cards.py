@@ -30,11 +30,12 @@ def model_card(
     recipe: Recipe,
     notes: Sequence[str],
     made_by: Mapping[str, str],
+    picture: str | None = None,
 ) -> str:
     """Return a model card: metadata that the Hub understands, and a description.
 
     `made_by` is the command, and the text of the file that it reads, if any, by language; without
-    such a file, the recipe is put in words.
+    such a file, the recipe is put in words. `picture` is a file beside the card.
     """
     method = "layer stack" if recipe.is_stack and recipe.copies else recipe.method.name
     if "yaml" not in made_by:
@@ -60,6 +61,7 @@ def model_card(
         "## Method",
         f"{method}: {described(recipe)}{link}",
         _fenced("\n".join([table(recipe), *notes]), "text"),
+        *([f"![What it does to the models, layer by layer]({picture})"] if picture else []),
         "## Models",
         "\n".join(models),
         "## Made by",

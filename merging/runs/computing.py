@@ -1,6 +1,7 @@
 """Compute the tensors of a plan, a few ahead of the one that is being written."""
 
 import ctypes
+import math
 import mmap
 import os
 import threading
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 import merge_methods
+from merging.arithmetic.likeness import Measuring
+from merging.arithmetic.watching import watching
 from merging.plans.plan import Plan, PlannedTensor
 from merging.problems import Problems
 from merging.runs.rows_apart import with_own_rows
@@ -22,6 +25,8 @@ from merging.runs.rows_apart import with_own_rows
 Result = TypeVar("Result")
 
 AHEAD = 1 << 28  # bytes of computed tensors that may wait to be written; more for many workers
+# Is shown each tensor: its name and plan, its sources, the result, and what was measured meanwhile.
+Observer = Callable[[str, PlannedTensor, list[Tensor], Tensor, Measuring], None]
 WORKERS = 32  # threads that compute tensors, at most: each takes about 10 MB
 DEVICE_WORKERS = 4  # the same with an accelerator, whose memory holds the tensors of all
 
@@ -52,16 +57,23 @@ class _Room:
 ROOM = _Room()
 
 
-def compute(name: str, planned: PlannedTensor, device: torch.device) -> Tensor:
+def compute(
+    name: str, planned: PlannedTensor, device: torch.device, observe: Observer | None = None
+) -> Tensor:
     """Read the sources of a planned tensor and combine them on the device. Returns a CPU tensor.
 
-    Raises Problems if a value is not finite, with the name of its source.
+    They are shown to the observer, if there is one. Raises Problems if a value is not finite, with
+    the name of its source.
     """
     tensors = read_sources(planned)
+    measuring = Measuring(math.prod(planned.shape)) if observe is not None else None
     try:
-        result = _combined(planned, tensors, device)
+        with watching(measuring):
+            result = _combined(planned, tensors, device)
     except merge_methods.Undefined as error:
         raise Problems(f"{name}: {error}") from error
+    if observe is not None and measuring is not None and result is not None:
+        observe(name, planned, tensors, result, measuring)
     for source in planned.sources:
         source.check()
     if result is None:

@@ -20,7 +20,7 @@ from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table, with_dtype
 from merging.recipes.user_files import check_readable
 from merging.runs.console import peak_memory, say, say_path
-from merging.runs.outputs import output_problems, space_problems
+from merging.runs.outputs import output_problems, report_problems, space_problems
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def make(
     # These load torch and transformers, which takes seconds; what is above does not wait for it.
     from merging.plans.plan import gigabytes, lines, summary
     from merging.runs.cards import model_card
+    from merging.runs.reporting import Reporting
     from merging.runs.writing import save, shards_of
 
     models, plan, device = _plan(recipe, found, arguments, problems)
@@ -74,11 +75,15 @@ def make(
     say(summary(plan, len(shards), LIBRARIES), quiet)
     if arguments.verbose:
         say(lines(plan))
-    if arguments.dry_run:
-        return
-    card = model_card(output.resolve().name, models, recipe, plan.notes, made_by)
     progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
-    save(plan, shards, files, output, arguments, device, card, progress)
+    reporting = Reporting(recipe, plan, arguments.report)
+    with reporting.staged(lambda text: say(text, quiet)):
+        if arguments.dry_run:
+            reporting.measure(device, arguments.threads, progress)
+            return
+        title = output.resolve().name
+        card = model_card(title, models, recipe, plan.notes, made_by, reporting.picture)
+        save(plan, shards, files, output, arguments, device, card, reporting, progress)
     say(
         f"{arguments.output}: {plan.parameters:,} parameters in {len(shards)} "
         f"shard{'s' * (len(shards) != 1)}, {time.monotonic() - started:.1f} s, "
@@ -103,6 +108,7 @@ def _find(
     inputs = [path for pair in found.values() for path in pair if path is not None]
     output = Path(arguments.output)
     problems += output_problems(output, [*inputs, *other_inputs], arguments.overwrite)
+    problems += report_problems(arguments.report, output, inputs, arguments.overwrite)
     problems += shard_size_problems(arguments.max_shard_size)
     if not usable or len(found) < len(recipe.models):
         refuse(problems)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from merging.models.folders import foreign_files, is_model
 from merging.problems import some
+from merging.recipes.user_files import read_start
 from merging.runs.staging import siblings
+
+# How reports begin, by the ending of their names.
+REPORT_MARKS = {".html": b"<title>Merge report</title>", ".json": b'"format": "merge report"'}
 
 
 def output_problems(output: Path, inputs: Iterable[Path], overwrite: bool) -> list[str]:
@@ -60,6 +64,48 @@ def _input_problems(output: Path, target: Path, inputs: Iterable[Path]) -> Itera
             linked = [name for name, path in real.items() if target in path.parents]
             if linked:
                 yield f"{output}: holds files that {given} links to: {some(linked)}"
+
+
+def report_problems(
+    reports: Iterable[str], output: Path, inputs: Iterable[Path], overwrite: bool
+) -> list[str]:
+    """Return what speaks against writing reports to these files."""
+    problems = []
+    seen: set[Path] = set()
+    folders = [Path(os.path.realpath(folder)) for folder in (output, *inputs)]
+    for name in reports:
+        if problem := _name_problem(name):
+            problems.append(f"--report {name[:200]}: {problem}")
+            continue
+        file, parent = Path(name), Path(os.path.realpath(Path(name).parent))
+        target = parent / file.name
+        if problem := _report_problem(file, overwrite):
+            problems.append(f"--report {name}: {problem}")
+        elif target in seen:
+            problems.append(f"--report {name}: given twice; name another file")
+        elif any(folder in (target, *target.parents) for folder in folders):
+            problems.append(f"--report {name}: lies in a model; name a file elsewhere")
+        seen.add(target)
+    return problems
+
+
+def _report_problem(file: Path, overwrite: bool) -> str:
+    """Say why a report cannot be written to a file; nothing if it can."""
+    if file.suffix.lower() not in REPORT_MARKS:
+        return f"expected a name that ends in {' or '.join(REPORT_MARKS)}"
+    if not file.parent.is_dir():
+        return f"{file.parent} is no directory"
+    if not os.access(file.parent, os.W_OK):
+        return f"{file.parent} cannot be written to"
+    if not os.path.lexists(file):
+        return ""
+    if not overwrite:
+        return "exists; name another file, or use --overwrite"
+    try:
+        is_report = REPORT_MARKS[file.suffix.lower()] in read_start(file)
+    except (OSError, ValueError):
+        is_report = False
+    return "" if is_report else "no report of a merge, so --overwrite does not replace it"
 
 
 def _name_problem(name: str) -> str:

@@ -28,6 +28,7 @@ from merging.runs.computing import available_processors, compute, computed
 from merging.runs.console import say
 from merging.runs.direct import DirectFile
 from merging.runs.outputs import overwrite_problems
+from merging.runs.reporting import Reporting
 from merging.runs.staging import staged
 from merging.runs.thresholds import with_thresholds
 
@@ -59,11 +60,13 @@ def save(
     arguments: argparse.Namespace,
     device: torch.device,
     card: str,
+    reporting: Reporting,
     show_progress: bool = False,
 ) -> None:
     """Compute a planned model and save it, with copies of other files, whole or not at all.
 
-    The folder is read back before it gets its name. Raises Problems if a value is not finite.
+    Reports are written besides. The folder is read back before it gets its name. Raises Problems if
+    a value is not finite.
     """
     names = [name for shard in shards.values() for name in shard]
     threads = arguments.threads or available_processors()
@@ -72,8 +75,9 @@ def save(
     with staged(output, overwrite=arguments.overwrite, tell=say, check=check) as folder:
         with reading(plan.donor, "its config or generation config cannot be saved"):
             plan.model.save_pretrained(folder, state_dict={})
+        task = partial(compute, device=device, observe=reporting.observe)
         with (
-            computed(plan, names, partial(compute, device=device), device, threads) as tensors,
+            computed(plan, names, task, device, threads) as tensors,
             tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
             for file, shard in shards.items():
@@ -88,10 +92,9 @@ def save(
                 shutil.copyfile(content, folder / name)
         if arguments.model_card:
             (folder / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))
+        reporting.write(folder if arguments.model_card else None)
         verify(folder, plan)
-        for tensor in plan.tensors.values():
-            for source in tensor.sources:
-                source.check()
+        plan.check_sources()
 
 
 def write_shard(

@@ -1,0 +1,52 @@
+"""Dot products and opposed signs of chunks, the same on any number of threads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Entries that are summed as one: in float32 so few that rounding stays small, in float64 so few
+# that no library divides them among threads.
+ROW = {torch.float32: 1 << 10, torch.float64: 1 << 12}
+
+
+def rows(chunk: Tensor) -> list[Any]:
+    """Return a chunk as rows and what is left of them, as `dot` takes it.
+
+    On a processor as arrays, as numpy multiplies them several times as fast as torch.
+    """
+    size, length = chunk.numel(), ROW[chunk.dtype]
+    whole = size // length * length
+    parts = [chunk[:whole].view(-1, length)] if whole else []
+    parts += [chunk[whole:].view(1, -1)] if whole < size else []
+    return [part.numpy() for part in parts] if chunk.device.type == "cpu" else parts
+
+
+def dot(one: Sequence[Any], other: Sequence[Any]) -> float:
+    """Return a dot product: of each row in its own dtype, and their sum in float64."""
+    total = 0.0
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a, Tensor):
+            total += float((a * b).sum(1).double().sum())
+        else:
+            total += float(np.vecdot(a, b).sum(dtype=np.float64))
+    return total
+
+
+def count_opposed(deltas: Sequence[Tensor], scratch: Callable[..., Tensor]) -> int:
+    """Return at how many entries of a chunk one of the deltas is above 0 and another below."""
+    if len(deltas) < 2:
+        return 0
+    first, second, *rest = deltas
+    size = first.numel()
+    highest, lowest = (scratch(name, first.dtype, size) for name in ("highest", "lowest"))
+    torch.maximum(first, second, out=highest)
+    torch.minimum(first, second, out=lowest)
+    for delta in rest:
+        torch.maximum(highest, delta, out=highest)
+        torch.minimum(lowest, delta, out=lowest)
+    if highest.device.type == "cpu":
+        return int(np.count_nonzero((highest.numpy() > 0) & (lowest.numpy() < 0)))
+    return int(((highest > 0) & (lowest < 0)).sum())
