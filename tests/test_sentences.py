@@ -69,6 +69,7 @@ def test_changes_are_compared_with_the_base_and_with_each_other() -> None:
         "b is all but equal to the base (0.020 %).",
         "a changes the base by 2.0 %.",
     ]
+    assert "The output has 50 % of a's change." in little
     none = said({ATTENTION.format(0): (0.02 * ALONG, 0 * ACROSS)})
     assert none[0] == "b equals the base: it changes nothing."
 
@@ -115,6 +116,9 @@ def test_where_models_disagree_is_told_by_kind_and_layers() -> None:
         {name: (0.02 * a, 0.02 * b) for name, (a, b) in changes.items() if "4" not in name}
     )
     assert "a and b disagree most in the MLPs of layers 2 to 3 (cosine -0.60 to -0.50)." in found
+    everywhere = {MLP.format(i): (ALONG, ACROSS) for i in range(6)} | {HEAD: (ALONG, ALONG)}
+    found = said({name: (0.02 * a, 0.02 * b) for name, (a, b) in everywhere.items()})
+    assert "a and b agree least in the MLPs of all layers (cosine 0.00)." in found
     some = {MLP.format(0): (ALONG, ACROSS), ATTENTION.format(0): (ALONG, ALONG)}
     found = said({name: (0.02 * a, 0.02 * b) for name, (a, b) in some.items()})
     assert "a and b agree least in the MLP of layer 0 (cosine 0.00)." in found

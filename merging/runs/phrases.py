@@ -23,12 +23,15 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def place(kind: str, layers: Sequence[Layer | None]) -> str:
-    """Return the words for a kind of tensor in layers that follow each other."""
+def place(kind: str, layers: Sequence[Layer | None], is_all: bool = False) -> str:
+    """Return the words for a kind of tensor in layers that follow each other, or in all."""
     first, last = layers[0], layers[-1]
     if first is None or last is None:
         return f"the {kind}" if kind in ("embedding", "head") else f"the {kind} outside of layers"
     several = "s" if len(layers) > 1 else ""
     what = {"MLP": f"MLP{several}", "other": "other tensors"}.get(kind, kind)
+    stack = f"{first.stack} " if first.stack else ""
+    if is_all:
+        return f"the {what} of all {stack}layers"
     numbers = f"{first.number} to {last.number}" if several else str(first.number)
-    return f"the {what} of {first.stack + ' ' if first.stack else ''}layer{several} {numbers}"
+    return f"the {what} of {stack}layer{several} {numbers}"

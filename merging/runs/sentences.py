@@ -50,11 +50,6 @@ class Run(NamedTuple):
     lowest: float
     highest: float
 
-    def told(self, digits: int) -> str:
-        lowest, highest = f"{self.lowest:.{digits}f}", f"{self.highest:.{digits}f}"
-        cosines = lowest if lowest == highest else f"{lowest} to {highest}"
-        return f"{place(self.kind, self.layers)} (cosine {cosines})"
-
 
 # -------------------------------------------------------------------- what the models changed
 
@@ -122,7 +117,7 @@ def least_agreed(report: Report) -> Iterator[str]:
         run = _lowest_run(report, s, t, total)
         if run and run.lowest <= total - NOTABLE:
             verb = "disagree most" if run.lowest < 0 else "agree least"
-            yield f"{report.models[s]} and {report.models[t]} {verb} in {run.told(2)}."
+            yield f"{report.models[s]} and {report.models[t]} {verb} in {_place(report, run, 2)}."
 
 
 def trimming(report: Report) -> Iterator[str]:
@@ -144,9 +139,11 @@ def signs(report: Report) -> Iterator[str]:
 
 def remains(report: Report) -> Iterator[str]:
     """How much of each change the output has, and what would make it more even."""
-    kept = {t: share for t, share in enumerate(report.total.kept) if share is not None}
+    changed = [_change(report.total, t) > NEGLIGIBLE for t in range(len(report.models))]
+    found = [k if is_told else None for k, is_told in zip(report.total.kept, changed, strict=True)]
+    kept = {t: share for t, share in enumerate(found) if share is not None}
     if kept:
-        yield f"The output has {_shares(report, report.total.kept)}{_advice(report, kept)}."
+        yield f"The output has {_shares(report, found)}{_advice(report, kept)}."
     for t, share in kept.items():
         if share < -LITTLE_LOST:
             yield f"The output moves against {report.models[t]}'s change."
@@ -161,7 +158,7 @@ def _shares(report: Report, values: Sequence[Number], verb: str = "") -> str:
 
 def _advice(report: Report, kept: dict[int, float]) -> str:
     """Return what would leave more of the change of which least is left."""
-    told = [t for t in kept if _change(report.total, t) > NEGLIGIBLE and kept[t] > LITTLE_LOST]
+    told = [t for t in kept if kept[t] > LITTLE_LOST]
     if len(told) < 2:
         return ""
     least, most = min(told, key=kept.__getitem__), max(told, key=kept.__getitem__)
@@ -211,8 +208,9 @@ def least_alike(report: Report) -> Iterator[str]:
     if pairs := _pairs(report):
         s, t, total = min(pairs, key=lambda pair: pair[2])
         run = _lowest_run(report, s, t, total)
-        if run and 1 - run.lowest >= 2 * (1 - total):
-            yield f"{report.models[s]} and {report.models[t]} are least alike in {run.told(4)}."
+        if run and total <= EQUAL and 1 - run.lowest >= 2 * (1 - total):
+            both = f"{report.models[s]} and {report.models[t]}"
+            yield f"{both} are least alike in {_place(report, run, 4)}."
 
 
 def nearness(report: Report) -> Iterator[str]:
@@ -318,6 +316,15 @@ def _lowest_run(report: Report, s: int, t: int, total: float) -> Run | None:
             run.append(end)
     run.sort(key=lambda layer: layer.number if layer else 0)
     return Run(kind, run, lowest, max(cosines[layer, kind] for layer in run))
+
+
+def _place(report: Report, run: Run, digits: int) -> str:
+    """Return the words for where a run is, and its cosines."""
+    lowest, highest = f"{run.lowest:.{digits}f}", f"{run.highest:.{digits}f}"
+    cosines = lowest if lowest == highest else f"{lowest} to {highest}"
+    stack = [x for x in report.layers if x and run.layers[0] and x.stack == run.layers[0].stack]
+    where = place(run.kind, run.layers, is_all=len(run.layers) == len(stack) > 1)
+    return f"{where} (cosine {cosines})"
 
 
 def _beside(layer: Layer, step: int) -> Layer:
