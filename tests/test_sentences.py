@@ -79,6 +79,8 @@ def test_changes_are_compared_with_the_base_and_with_each_other() -> None:
     [
         (ALONG, "make all but the same change (cosine 1.00)."),
         (ALONG + ACROSS, "change the base in similar directions (cosine 0.71)."),
+        (ACROSS + 0.2 * ALONG, "change the base a little in one direction (cosine 0.20)."),
+        (ACROSS - 0.2 * ALONG, "pull a little apart (cosine -0.20)."),
         (ACROSS, "change the base in unrelated directions (cosine 0.00)."),
         (ACROSS - 0.05 * ALONG, "change the base in unrelated directions (cosine -0.05)."),
         (ACROSS - ALONG, "pull in opposite directions (cosine -0.71)."),

@@ -11,7 +11,7 @@ from merging.runs.report import Cell, Number, Numbers, Report
 
 NEGLIGIBLE = 0.001  # a change, of the base, up to which a model is all but equal to it
 MANY_TIMES = 3.0  # between changes, from which one is said to be so many times the other
-OPPOSITE, SIMILAR, SAME = -0.1, 0.3, 0.9  # cosines of changes
+RELATED, SIMILAR, SAME = 0.1, 0.3, 0.9  # cosines of changes, and of opposite ones
 UNRELATED, ALIKE, EQUAL = 0.3, 0.9, 0.9999  # cosines of models
 NOTABLE = 0.1  # how much lower than that of all a cosine of changes must be to be told
 SMALL_PART = 0.001  # of a model's squared change: where less of it is, nothing is told
@@ -104,8 +104,12 @@ def agreement(report: Report) -> Iterator[str]:
             yield f"{both} make all but the same change (cosine {cosine:.2f})."
         elif cosine >= SIMILAR:
             yield f"{both} change the base in similar directions (cosine {cosine:.2f})."
-        elif cosine > OPPOSITE:
+        elif cosine >= RELATED:
+            yield f"{both} change the base a little in one direction (cosine {cosine:.2f})."
+        elif cosine > -RELATED:
             yield f"{both} change the base in unrelated directions (cosine {cosine:.2f})."
+        elif cosine > -SIMILAR:
+            yield f"{both} pull a little apart (cosine {cosine:.2f})."
         else:
             yield f"{both} pull in opposite directions (cosine {cosine:.2f})."
 
