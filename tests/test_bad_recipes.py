@@ -28,13 +28,14 @@ BAD = {
     "no mapping": ("- merge_method: ties", ["expected a mapping"]),
     "a text": ("merge this", ["expected a mapping"]),
     "nothing": ("", ["expected a mapping", "found nothing"]),
-    "no YAML": ("merge_method: [ties", ["not valid YAML"]),
-    "aliases": ("merge_method: ties\nmodels: [&a {model: a}, *a]", ["aliases"]),
+    "no YAML": ("merge_method: [ties", ["1: not valid YAML: while parsing a flow"]),
+    "a tab": ("merge_method: ties\nmodels:\n\t- model: a", ["3: not valid YAML", "'\\t'"]),
+    "aliases": ("merge_method: ties\nmodels: [&a {model: a}, *a]", ["2: not valid YAML: aliases"]),
     "aliases that explode": (
         "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nmerge_method: ties\n",
         ["aliases"],
     ),
-    "two documents": (f"{TIES}---\n{TIES}", ["several documents"]),
+    "two documents": (f"{TIES}---\n{TIES}", ["7: not valid YAML: several documents"]),
     "key twice": (TIES + "merge_method: linear", ["1: merge_method: given twice, again in line 7"]),
     "key twice within": (
         TIES + "parameters:\n  density: 0.5\n  density: 0.7",
@@ -312,6 +313,14 @@ BAD = {
         TIES + "tokenizer:\n  source: d",
         ["8: tokenizer.source: expected base, union, or a model that is merged (base, a), found d"],
     ),
+    "padding to a multiple too large": (
+        TIES + "tokenizer: {source: base, pad_to_multiple_of: 100000000}",
+        ["7: tokenizer.pad_to_multiple_of: expected a whole number from 1 to 65536"],
+    ),
+    "a model without a name": (
+        "merge_method: linear\nmodels:\n  - {parameters: {density: 1}}",
+        ["models[0].model: expected the name", "3: models[0]: linear needs a weight of it"],
+    ),
     "a chat template of nobody": (
         TIES + "chat_template: chatlm",
         ["7: chat_template: expected auto, chatml, llama3", "found chatlm"],
@@ -391,7 +400,7 @@ def test_options_that_the_file_speaks_of_are_refused(
         ("# A model\n\nNo recipe.\n", "no block of YAML with merge_method"),
         ("```python\nmerge_method: ties\n```\n", "no block of YAML with merge_method"),
         ("# A\n\n```yaml\nmerge_method: ties\nbase: x\n```\n", "README.md, line 5: base: unknown"),
-        ("> x\n\n  ~~~~\n  merge_method: [\n  ~~~~\n", "README.md: not valid YAML"),
+        ("> x\n\n  ~~~~\n  merge_method: [\n  ~~~~\n", "README.md, line 5: not valid YAML"),
     ],
 )
 def test_bad_cards_are_refused(

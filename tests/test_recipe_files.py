@@ -809,6 +809,50 @@ def test_a_card_of_a_recipe_holds_its_text(folder: Path) -> None:
     assert f"```yaml\n{text}```" in Path("out/README.md").read_text()
 
 
+PLAIN_TEXT = """\
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN_TEXT.replace("\n", "\r\n"),
+        "\ufeff" + PLAIN_TEXT,
+        "\n" + "".join(f"  {line}\n" for line in PLAIN_TEXT.splitlines()),
+        "%YAML 1.2\n---\n" + PLAIN_TEXT.replace("merge_method", '"merge_method"') + "...\n",
+    ],
+    ids=["Windows", "byte order mark", "indented", "directive"],
+)
+def test_a_card_of_a_recipe_written_in_another_way(text: str, folder: Path) -> None:
+    Path("out.yml").write_bytes(text.encode())
+    assert main.main(["out", "--recipe", "out.yml"]) == 0
+    run("plain", PLAIN_TEXT)
+    assert main.main(["again", "--recipe", "out/README.md"]) == 0
+    assert tensors_of(Path("again")) == tensors_of(Path("out")) == tensors_of(Path("plain")) != {}
+
+
+@pytest.mark.parametrize(
+    "layers", ["[1, 4]", '"1, 4"', "1, 4", '["1", "4"]', '"[1,4]"', "\n    - 1\n    - 4"]
+)
+def test_ranges_of_layers(layers: str, tmp_path: Path) -> None:
+    text = "merge_method: passthrough\nslices:\n- sources:\n  - model: a\n"
+    (part,) = read(f"{text}    layer_range: {layers}\n", tmp_path).slices
+    assert part.sources[0].layers == range(1, 4)
+
+
+@pytest.mark.parametrize(
+    "text, value", [("yes", True), ("Off", False), ("1.0", True), ("0", False), ("'true'", True)]
+)
+def test_switches(text: str, value: bool, tmp_path: Path) -> None:
+    recipe = read(PLAIN_TEXT + f"parameters: {{normalize: {text}}}\n", tmp_path)
+    assert recipe.values["normalize"] is value
+
+
 @pytest.mark.parametrize("name", ["1e3", "true", "a: b", "- x", "null", "é", "x#y", "'q'", "[z"])
 def test_names_that_look_like_yaml_are_quoted(name: str, folder: Path) -> None:
     Path(name).symlink_to(folder / "a")

@@ -27,6 +27,7 @@ from merging.recipes.recipe_sources import (
 )
 from merging.recipes.recipe_values import Reader, Values, read_values, resolved
 from merging.recipes.user_files import read_text
+from merging.recipes.word_options import LARGEST_MULTIPLE
 from merging.recipes.yaml_files import (
     LARGEST,
     Document,
@@ -38,7 +39,7 @@ from merging.recipes.yaml_files import (
 )
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,}) *(\w*)[^`]*")
-IS_RECIPE = re.compile(r"^merge_method *:", re.MULTILINE)
+IS_RECIPE = re.compile(r"^ *([\"']?)merge_method\1 *:", re.MULTILINE)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 KEYS = (
     "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer "
@@ -202,7 +203,10 @@ def _tokenizer(document: Document, content: Any) -> dict[str, Any]:
     fields = Fields(document, content, "tokenizer", ("source", "pad_to_multiple_of", "tokens"), own)
     source = fields.take("source", is_anything, "", "union")
     multiple = fields.take(
-        "pad_to_multiple_of", lambda v: v is None or (is_count(v) and v), "a number above 0", None
+        "pad_to_multiple_of",
+        lambda v: v is None or (is_count(v) and 1 <= v <= LARGEST_MULTIPLE),
+        f"a whole number from 1 to {LARGEST_MULTIPLE}",
+        None,
     )
     return {
         "tokenizer": read_model(document, source, "tokenizer.source"),

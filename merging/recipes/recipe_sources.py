@@ -135,7 +135,9 @@ def _read_source(reader: Reader, entry: Any, path: str, whole: bool) -> Listed:
 def _read_layers(document: Document, value: Any, path: str) -> range:
     """Return a range of layers: two numbers in a list, or in a text."""
     match = RANGE.fullmatch(value) if isinstance(value, str) else None
-    numbers = [int(number) for number in match.groups()] if match else value
+    numbers = [*match.groups()] if match else value
+    if isinstance(numbers, list):  # in quotes, perhaps
+        numbers = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in numbers]
     if not (isinstance(numbers, list) and len(numbers) == 2 and all(map(is_count, numbers))):
         document.wrong(path, f"expected [first layer, layer after the last], found {kind(value)}")
         return range(0)
@@ -170,8 +172,8 @@ def _complete(
         for name in (p.name for p in method.parameters if p.per_model and _is_missing(values, p)):
             document.wrong(
                 source.path,
-                f"{method.name} needs a {name} of {source.model}: give it under its `parameters`, "
-                "or those at the top",
+                f"{method.name} needs a {name} of {source.model or 'it'}: give it under its "
+                "`parameters`, or those at the top",
             )
         where = document.at(f"{source.path}.layer_range")
         sources.append(Source(source.model, values, source.layers, where))

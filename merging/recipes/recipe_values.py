@@ -32,6 +32,7 @@ ONLY: Mapping[str, Mapping[str, bool]] = {
 WITHOUT_EFFECT = ("int8_mask", "max_iter", "tol", "eps", "embed_slerp")
 PARAMETERS = {p.name for m in (*METHODS.values(), PASSTHROUGH) for p in m.parameters}
 KNOWN = PARAMETERS.union(WITHOUT_EFFECT, *ONLY.values())
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 A_NUMBER = "a number, a list of numbers, or a list of {filter, value}"
 
 
@@ -140,7 +141,9 @@ def read_value(reader: Reader, value: Any, path: str, parameter: Parameter) -> A
 
 
 def _switch(value: Any) -> bool | None:
-    """Return a switch, which recipes also write as 1.0 or 0.0; None if it is none."""
+    """Return a switch, which recipes also write as 1.0, or yes; None if it is none."""
+    if isinstance(value, str):
+        value = WORDS.get(value.lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.problems import reading, refuse
+from merging.problems import Problems, reading, refuse
 from merging.recipes.user_files import read_text
 
 LARGEST = 1_000_000  # bytes of a file that people write
@@ -52,28 +52,43 @@ def parse_yaml(name: str, text: str, first_line: int = 1) -> Document:
     """Return what YAML holds that begins in a line of the named file. Raises Problems."""
     import yaml  # here, as --help does not wait for it
 
+    text = text.removeprefix("\ufeff")  # which editors of Windows write, and cards need not hold
     with reading(name, "not valid YAML"):
-        depth = documents = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            documents += isinstance(event, yaml.DocumentStartEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-                raise ValueError("aliases (*name), or too many brackets; write it out, plainly")
-            if documents > 1:
-                raise ValueError("several documents, apart by ---; give each a file of its own")
-        loader = _plain_loader(yaml)(text)
         try:
-            root = loader.get_single_node()
-            lines, twice = _survey(root, first_line)
-            content = None if root is None or twice else loader.construct_document(root)
-        finally:
-            loader.dispose()
+            _check_plain(yaml, text)
+            loader = _plain_loader(yaml)(text)
+            try:
+                root = loader.get_single_node()
+                lines, twice = _survey(root, first_line)
+                content = None if root is None or twice else loader.construct_document(root)
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f"{name}, line {mark.line + first_line}" if mark else name
+            what = ", ".join(filter(None, [error.context, error.problem]))
+            raise Problems(f"{where}: not valid YAML: {what}") from error
     document = Document(name, text, content, lines)
     for key, line in twice:
         document.wrong(key, f"given twice, again in line {line}")
     refuse(document.problems)
     return document
+
+
+def _check_plain(yaml: Any, text: str) -> None:
+    """Refuse YAML that is not one document of plain values."""
+    depth = documents = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        problem = None
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            problem = "aliases (*name), or too many brackets; write it out, plainly"
+        elif documents > 1:
+            problem = "several documents, apart by ---; give each a file of its own"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def _plain_loader(yaml: Any) -> Any:

@@ -83,7 +83,8 @@ def _code(text: str) -> str:
 def _fenced(text: str, language: str) -> str:
     """Return a block of code, whatever is in it."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks}{language}\n{text.strip()}\n{ticks}"
+    content = text.rstrip().lstrip("\n")  # its first line may be indented as the others are
+    return f"{ticks}{language}\n{content}\n{ticks}"
 
 
 def _sources(checkpoint: Checkpoint) -> list[tuple[str, Path]]:

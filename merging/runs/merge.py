@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,12 +65,9 @@ def make(
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(models[0].folder, plan.words, arguments)
-    _say_left_out(
-        {models[0].folder, plan.words.owner.folder, plan.words.owner.tokenizer}, arguments.quiet
-    )
+    _say_left_out(models[0].folder, plan.words, arguments.quiet)
     output = Path(arguments.output)
-    extra = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
-    refuse(problems or space_problems(output, plan.nbytes + extra))
+    refuse(problems or space_problems(output, plan.nbytes + sum(map(_size, files.values()))))
     shards = shards_of(plan, arguments.max_shard_size)
     say(summary(plan, len(shards), LIBRARIES), quiet)
     if arguments.verbose:
@@ -84,17 +81,19 @@ def make(
         title = output.resolve().name
         card = model_card(title, models, recipe, plan.notes, made_by, reporting.picture)
         save(plan, shards, files, output, arguments, device, card, reporting, progress)
-    say(
-        f"{arguments.output}: {plan.parameters:,} parameters in {len(shards)} "
-        f"shard{'s' * (len(shards) != 1)}, {time.monotonic() - started:.1f} s, "
-        f"peak memory {gigabytes(peak_memory())}",
-        arguments.quiet,
-    )
+    seconds, memory = time.monotonic() - started, gigabytes(peak_memory())
+    files_made = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
+    made = f"{plan.parameters:,} parameters in {files_made}, {seconds:.1f} s, peak memory {memory}"
+    say(f"{arguments.output}: {made}", arguments.quiet)
     say_path(arguments.output)
 
 
-def _say_left_out(folders: Iterable[Path], quiet: bool) -> None:
-    for folder in folders:
+def _size(file: Path | bytes) -> int:
+    return len(file) if isinstance(file, bytes) else file.stat().st_size
+
+
+def _say_left_out(donor: Path, words: "Words", quiet: bool) -> None:
+    for folder in dict.fromkeys((donor, words.owner.folder, words.owner.tokenizer)):
         if left_out := links_left_out(folder):
             say(f"left out: {some(left_out)} of {folder}: links to outside", quiet)
 
