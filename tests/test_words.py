@@ -524,6 +524,36 @@ def test_a_union_needs_a_tokenizer(
     assert "has no tokenizer to add tokens to" in fails(capsys, *given)
 
 
+def test_a_chosen_model_needs_a_tokenizer(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = family(make, tmp_path, "qwen")
+    for file in Path(names[1]).glob("*token*"):
+        file.unlink()
+    given = [*command("linear", output, names), "--tokenizer", names[1]]
+    assert f"--tokenizer {names[1]}: there is no tokenizer in" in fails(capsys, *given)
+    assert not output.exists()
+
+
+def test_tokens_that_no_model_has_a_row_of(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = family(make, tmp_path, "llama")
+    tokenizer = llama_like()
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(added("<x1>", "<x2>"))  # without a row each
+    short = str(save_model(make, tmp_path / "short", 3, tokenizer, rows=size))
+    given = [*command("linear", output, [short, names[1]]), "--tokenizer", "union"]
+    assert main.main(given) == 0
+    said = capsys.readouterr().err
+    assert f"2 tokens that {short} lacks ('<|im_end|>', '<|im_start|>') are the weighted" in said
+    assert "2 new rows of padding are the mean of the others" in said
+    result = stored(output)[EMBEDDING]
+    assert len(result) == size + 4
+    mean = result[[*range(size), size + 2, size + 3]].double().mean(0)
+    torch.testing.assert_close(result[size].double(), mean, rtol=1e-5, atol=1e-7)
+
+
 def test_models_without_a_tokenizer_are_taken_to_have_that_of_their_size(
     make: Make, tmp_path: Path, output: Path
 ) -> None:
@@ -834,6 +864,19 @@ def test_a_template_from_a_file(
     assert main.main([*given, str(file)]) == 0
     generation = json.loads((output / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [ids_of(names[1])[t] for t in ("<|im_end|>", END)]
+
+
+def test_a_template_is_held_against_the_tokens_of_models_with_one_tokenizer(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, *_ = family(make, tmp_path, "qwen")
+    other = str(shutil.copytree(base, tmp_path / "other"))
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0]['content'] }}<|end_of_text|><|nobody|>")
+    given = [*command("linear", output, [base, other]), "--chat-template", str(file)]
+    assert main.main(given) == 0
+    warning = "warning: the chat template needs '<|nobody|>', which are no tokens of the output"
+    assert warning in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

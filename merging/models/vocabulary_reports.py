@@ -30,12 +30,12 @@ def row_lines(match: Match, donor: Checkpoint) -> list[str]:
         line += f"; {len(fewer)} from fewer models ({', '.join(named)}{', ...' * (len(fewer) > 5)})"
     lines = [line]
     apart = [i for i, row in enumerate(match.rows[donor] or ()) if row < 0]
-    if named := [repr(token_of[i]) for i in apart if i in token_of]:
+    nobody = [i for i in apart if all(_is_missing(rows, i) for rows in match.rows.values())]
+    if named := [repr(token_of[i]) for i in sorted({*apart} - {*nobody}) if i in token_of]:
         lines.append(
             f"vocabulary: {len(named)} tokens that {donor.name} lacks ({some(named)}) are the "
             "weighted mean of the models that have them"
         )
-    nobody = [i for i in apart if all(_is_missing(rows, i) for rows in match.rows.values())]
     if nobody:
         lines.append(f"vocabulary: {len(nobody)} new rows of padding are the mean of the others")
     for model, vocabulary in match.models.items():

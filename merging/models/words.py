@@ -11,13 +11,13 @@ from merging.models.chat_templates import Chat, choose_template, read_template, 
 from merging.models.checkpoints import Checkpoint, text_config
 from merging.models.folders import GENERATION_CONFIG, as_json, read_json
 from merging.models.structure import Structure
-from merging.models.tokens import Tokens, read_all_tokens
+from merging.models.tokens import Tokens, has_tokenizer, read_all_tokens, read_tokens
 from merging.models.unions import Union, unite
 from merging.models.vocabularies import Matching, Wanted, match_vocabularies, sides_of
 from merging.models.vocabulary_reports import lost_markers, other_kinds, row_lines
 from merging.models.vocabulary_rows import Matcher
 from merging.models.vocabulary_sizes import config_parts, vocabulary_sizes
-from merging.problems import Problems, some
+from merging.problems import Problems, collecting, some
 from merging.recipes.recipe import Recipe
 
 IDS = re.compile(r"_token_ids?$|_token_index$|(^|_)suppress_tokens$")  # of tokens, in a config
@@ -42,8 +42,9 @@ def settle_words(
 ) -> Words:
     """Choose the words of an output of models, the donor first. Raises Problems."""
     everyone = list(dict.fromkeys(everyone))
-    donor, owner = everyone[0], _owner(recipe, everyone)
+    donor = everyone[0]
     sides = {*sides_of(structure).values()} if _has_tokens(structure, donor) else set()
+    owner = _owner(recipe, everyone, sides)
     tokens = read_all_tokens(everyone, sides, trust)
     texts = {model: tokens.get((model, "")) for model in everyone}
     notes = []
@@ -56,11 +57,14 @@ def settle_words(
     if union is not None:
         output = union.tokens
         notes += _union_lines(union, donor)
-    elif recipe.tokenizer is not None:
+    elif recipe.tokenizer is not None and output is not None:
         notes.append(f"tokenizer: that of {owner.name}")
     matching = _matching(structure, everyone, tokens, _wanted(owner, tokens, union, recipe))
     notes += matching.notes
     notes += dict.fromkeys(n for m in matching.matches.values() for n in row_lines(m, donor))
+    if recipe.chat_template not in ("auto", "donor") and output == Tokens({}):
+        with collecting([]):  # all tokenizers are the same, and so were not read
+            output = read_tokens(owner.tokenizer, trust)
     chat = choose_template(recipe.chat_template, everyone, owner, texts, output)
     if recipe.embedding_source is None:  # a merge, whose command has options for it
         notes += _token_lines(everyone, owner, texts, output, union is not None)
@@ -88,8 +92,8 @@ def _files(
     return files, left_out
 
 
-def _owner(recipe: Recipe, everyone: Sequence[Checkpoint]) -> Checkpoint:
-    """Return whose tokenizer the output has, or starts from."""
+def _owner(recipe: Recipe, everyone: Sequence[Checkpoint], sides: Set[str]) -> Checkpoint:
+    """Return whose tokenizer the output has, or starts from. Raises Problems if there is none."""
     if recipe.tokenizer in (None, "base", "union"):
         return everyone[0]
     names = [model.name for model in everyone]
@@ -98,7 +102,10 @@ def _owner(recipe: Recipe, everyone: Sequence[Checkpoint]) -> Checkpoint:
             f"--tokenizer {recipe.tokenizer}: expected base, union, or a model that is merged: "
             f"{', '.join(names)}"
         )
-    return everyone[names.index(recipe.tokenizer)]
+    owner = everyone[names.index(recipe.tokenizer)]
+    if not any(has_tokenizer(owner.tokenizer, side) for side in {"", *sides}):
+        raise Problems(f"--tokenizer {owner.name}: there is no tokenizer in {owner.tokenizer}")
+    return owner
 
 
 def _has_tokens(structure: Structure, donor: Checkpoint) -> bool:
