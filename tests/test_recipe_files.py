@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -825,15 +826,18 @@ models:
         "\ufeff" + PLAIN_TEXT,
         "\n" + "".join(f"  {line}\n" for line in PLAIN_TEXT.splitlines()),
         "%YAML 1.2\n---\n" + PLAIN_TEXT.replace("merge_method", '"merge_method"') + "...\n",
+        PLAIN_TEXT + "chat_template: |+\n  {{ messages }}\n\n\n",
     ],
-    ids=["Windows", "byte order mark", "indented", "directive"],
+    ids=["Windows", "byte order mark", "indented", "directive", "blank lines that count"],
 )
 def test_a_card_of_a_recipe_written_in_another_way(text: str, folder: Path) -> None:
     Path("out.yml").write_bytes(text.encode())
     assert main.main(["out", "--recipe", "out.yml"]) == 0
     run("plain", PLAIN_TEXT)
     assert main.main(["again", "--recipe", "out/README.md"]) == 0
-    assert tensors_of(Path("again")) == tensors_of(Path("out")) == tensors_of(Path("plain")) != {}
+    assert tensors_of(Path("out")) == tensors_of(Path("plain")) != {}
+    made, again = contents(Path("out")), contents(Path("again"))
+    assert {**again, "README.md": b""} == {**made, "README.md": b""}
 
 
 @pytest.mark.parametrize(
@@ -843,6 +847,18 @@ def test_ranges_of_layers(layers: str, tmp_path: Path) -> None:
     text = "merge_method: passthrough\nslices:\n- sources:\n  - model: a\n"
     (part,) = read(f"{text}    layer_range: {layers}\n", tmp_path).slices
     assert part.sources[0].layers == range(1, 4)
+
+
+def test_many_slices_are_read_in_no_time(tmp_path: Path) -> None:
+    text = "merge_method: passthrough\nslices:\n"
+    for i in range(1000):
+        text += (
+            f"- sources: [{{model: a, layer_range: [{i}, {i + 1}], parameters: {{scale: {i}}}}}]\n"
+        )
+    recipe = read(text, tmp_path)
+    started = time.perf_counter()
+    assert len(recipe.schedules()) == 1000
+    assert time.perf_counter() - started < 0.5
 
 
 @pytest.mark.parametrize(

@@ -144,15 +144,15 @@ class Recipe:
 
         Of a slice if one is given, else of all.
         """
-        found: list[tuple[Parameter, str | None, Schedule]] = []
+        found: dict[tuple[str, str | None, Schedule], Parameter] = {}
         for parameter in self.method.parameters:
             for each in self.slices if part is None else [part]:
                 owners = [(s.model, s.values) for s in each.sources]
                 for owner, values in [(None, {**self.values, **each.values}), *owners]:
                     value = values.get(parameter.name)
-                    if isinstance(value, Schedule) and (parameter, owner, value) not in found:
-                        found.append((parameter, owner, value))
-        return found
+                    if isinstance(value, Schedule):
+                        found[parameter.name, owner, value] = parameter
+        return [(parameter, owner, value) for (_, owner, value), parameter in found.items()]
 
 
 def with_dtype(recipe: Recipe, asked: str | None) -> Recipe:

@@ -258,8 +258,8 @@ def _check_together(reader: Reader, recipe: Recipe) -> None:
         path = f"slices[{number}]" if recipe.is_stack else "models"
         for refusal in filter(None, refusals):
             reader.document.wrong(path, refusal)
+    varying = {p.name for p, _, schedule in recipe.schedules() if schedule.varies}
     for parameter in recipe.method.parameters:
-        varying = {p.name for p, _, schedule in recipe.schedules() if schedule.varies}
         value, fixed = recipe.values.get(parameter.name), parameter.same_for_all
         if fixed and value != parameter.default and (fixed in varying or recipe.is_stack):
             needed = f"{value} needs whole models, and one {fixed} for the whole of each"

@@ -83,7 +83,7 @@ def _code(text: str) -> str:
 def _fenced(text: str, language: str) -> str:
     """Return a block of code, whatever is in it."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    content = text.rstrip().lstrip("\n")  # its first line may be indented as the others are
+    content = text.removesuffix("\n")  # nothing else: in YAML, blank lines and indents may count
     return f"{ticks}{language}\n{content}\n{ticks}"
 
 
