@@ -58,7 +58,6 @@ def make(
         read_ahead(pair.folder for pair in found.values())
 
     # These load torch and transformers, which takes seconds; what is above does not wait for it.
-    from merging.plans.plan import gigabytes, lines, summary
     from merging.runs.cards import model_card
     from merging.runs.reporting import Reporting
     from merging.runs.writing import save, shards_of
@@ -69,9 +68,7 @@ def make(
     output = Path(arguments.output)
     refuse(problems or space_problems(output, plan.nbytes + sum(map(_size, files.values()))))
     shards = shards_of(plan, arguments.max_shard_size)
-    say(summary(plan, len(shards), LIBRARIES), quiet)
-    if arguments.verbose:
-        say(lines(plan))
+    _say_plan(plan, len(shards), arguments.verbose, quiet)
     progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
     reporting = Reporting(recipe, plan, arguments.report)
     with reporting.staged(lambda text: say(text, quiet)):
@@ -81,10 +78,25 @@ def make(
         title = output.resolve().name
         card = model_card(title, models, recipe, plan.notes, made_by, reporting.picture)
         save(plan, shards, files, output, arguments, device, card, reporting, progress)
-    seconds, memory = time.monotonic() - started, gigabytes(peak_memory())
-    files_made = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
-    made = f"{plan.parameters:,} parameters in {files_made}, {seconds:.1f} s, peak memory {memory}"
-    say(f"{arguments.output}: {made}", arguments.quiet)
+    _say_made(plan, len(shards), time.monotonic() - started, arguments)
+
+
+def _say_plan(plan: "Plan", shards: int, verbose: bool, quiet: bool) -> None:
+    from merging.plans.plan import lines, summary
+
+    say(summary(plan, shards, LIBRARIES), quiet)
+    if verbose:
+        say(lines(plan))
+
+
+def _say_made(plan: "Plan", shards: int, seconds: float, arguments: argparse.Namespace) -> None:
+    from merging.plans.plan import gigabytes
+
+    say(
+        f"{arguments.output}: {plan.parameters:,} parameters in {shards} "
+        f"shard{'s' * (shards != 1)}, {seconds:.1f} s, peak memory {gigabytes(peak_memory())}",
+        arguments.quiet,
+    )
     say_path(arguments.output)
 
 
