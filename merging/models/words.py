@@ -93,7 +93,10 @@ def _files(
 
 
 def _owner(recipe: Recipe, everyone: Sequence[Checkpoint], sides: Set[str]) -> Checkpoint:
-    """Return whose tokenizer the output has, or starts from. Raises Problems if there is none."""
+    """Return whose tokenizer the output has, or starts from.
+
+    Raises Problems if it has none, and others have one.
+    """
     if recipe.tokenizer in (None, "base", "union"):
         return everyone[0]
     names = [model.name for model in everyone]
@@ -103,7 +106,8 @@ def _owner(recipe: Recipe, everyone: Sequence[Checkpoint], sides: Set[str]) -> C
             f"{', '.join(names)}"
         )
     owner = everyone[names.index(recipe.tokenizer)]
-    if not any(has_tokenizer(owner.tokenizer, side) for side in {"", *sides}):
+    having = {m for m in everyone for side in {"", *sides} if has_tokenizer(m.tokenizer, side)}
+    if having and owner not in having:
         raise Problems(f"--tokenizer {owner.name}: there is no tokenizer in {owner.tokenizer}")
     return owner
 
