@@ -586,6 +586,21 @@ def test_sce_refuses_shares_outside_their_range(topk: float) -> None:
         sce(ONE, [ONE], select_topk=topk)
 
 
+@pytest.mark.parametrize("method", [ram, ramplus_tl])
+def test_a_size_of_changes_is_at_least_0(method: Callable[..., Tensor]) -> None:
+    assert torch.equal(method(ONE, [ONE + 1e-6], epsilon=0.0), ONE + 1e-6)
+    assert torch.equal(method(ONE, [ONE + 1e-6], epsilon=1e-5), ONE)
+    for epsilon in (-1e-9, math.nan):
+        with pytest.raises(ValueError, match="epsilon of at least 0"):
+            method(ONE, [ONE], epsilon=epsilon)
+
+
+@pytest.mark.parametrize("t", [-1e-9, math.nan])
+def test_nearswap_refuses_a_negative_t(t: float) -> None:
+    with pytest.raises(ValueError, match="t of at least 0"):
+        nearswap(ONE, [ONE], t)
+
+
 @pytest.mark.parametrize("method", [nearswap, arcee_fusion])
 def test_one_model_is_asked_for(method: Callable[..., Tensor]) -> None:
     numbers = [0.1] if method is nearswap else []
