@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -849,16 +848,22 @@ def test_ranges_of_layers(layers: str, tmp_path: Path) -> None:
     assert part.sources[0].layers == range(1, 4)
 
 
-def test_many_slices_are_read_in_no_time(tmp_path: Path) -> None:
+def test_schedules_of_many_slices_are_not_compared_each_with_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "merge_method: passthrough\nslices:\n"
     for i in range(1000):
         text += (
             f"- sources: [{{model: a, layer_range: [{i}, {i + 1}], parameters: {{scale: {i}}}}}]\n"
         )
     recipe = read(text, tmp_path)
-    started = time.perf_counter()
+    compared = []
+    equal = Schedule.__eq__
+    monkeypatch.setattr(
+        Schedule, "__eq__", lambda one, other: compared.append(one) or equal(one, other)
+    )
     assert len(recipe.schedules()) == 1000
-    assert time.perf_counter() - started < 0.5
+    assert len(compared) < 10_000
 
 
 @pytest.mark.parametrize(

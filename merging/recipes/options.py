@@ -50,6 +50,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="processors to compute on (default: all that this process may use)",
     )
     flag("--dry-run", "check everything and print the plan, but write nothing")
+    _add_what_is_told(group)
+    talk = group.add_mutually_exclusive_group()
+    flag("--quiet", "print nothing but errors, and the output's path", talk)
+    flag("--verbose", "print how each tensor is made, and all warnings", talk)
+    group.add_argument("--version", action="version", version=f"%(prog)s {_versions()}")
+
+
+def _add_what_is_told(group: Any) -> None:
     group.add_argument(
         "--model-card",
         action=argparse.BooleanOptionalAction,
@@ -65,10 +73,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "(FILE.html) or as numbers (FILE.json); may be given twice. With --dry-run it reads all "
         "tensors and writes nothing else",
     )
-    talk = group.add_mutually_exclusive_group()
-    flag("--quiet", "print nothing but errors, and the output's path", talk)
-    flag("--verbose", "print how each tensor is made, and all warnings", talk)
-    group.add_argument("--version", action="version", version=f"%(prog)s {_versions()}")
 
 
 def join_negative(argv: Sequence[str] | None, options: Iterable[str]) -> list[str]:

@@ -66,11 +66,13 @@ def model_card(
         "\n".join(models),
         "## Made by",
         *(_fenced(text, language) for language, text in made_by.items()),
-        f"With Python {sys.version.split()[0]}, "
-        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-        + ".",
+        f"With Python {sys.version.split()[0]}, {_versions()}.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def _code(text: str) -> str:
