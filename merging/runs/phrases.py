@@ -9,10 +9,17 @@ from merging.models.kinds import Layer
 def percent(share: float) -> str:
     """Return a share in percent, with two digits that count."""
     value = 100 * share
+    if abs(value) < 99.5:
+        value = float(f"{value:.2g}")
     if value and abs(value) < 0.001:
         return "under 0.001 %"
     digits = max(0, 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{min(digits, 3)}f} %"
+
+
+def decimal(value: float, digits: int) -> str:
+    """Return a number with so many digits after the point, and no minus before zeros."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def times(factor: float) -> str:

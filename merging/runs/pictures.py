@@ -23,10 +23,15 @@ INK, FAINT = "#010203", "#040506"  # stand for the colour of text, and a paler o
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#b8a12e", "#55b5d5", "#aa3377")  # after Paul Tol
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))  # for more models than colours
 LEFT, RIGHT, BETWEEN = 0.9, 0.9, 1.1  # inches, beside and between panels
-ABOVE, BELOW, TITLE, KEY = 0.3, 0.42, 0.35, 0.3  # inches, above and below panels
+ABOVE, BELOW, TITLE = 0.3, 0.42, 0.35  # inches, above and below panels
 ROW, CHART = 0.24, 1.9  # inches: heights of a kind of tensor, of a chart of lines
 LABEL, TICK = 0.11, 0.05  # inches from an axis to the middle of what is below it; of its ticks
 MANY_LAYERS = 45  # from which a panel takes the whole width
+CELL = re.compile(
+    r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) \2 \nL \3 ([\d.]+) \nL \1 \4 \nL \1 \2 \n"'
+    r' clip-path="[^"]*" style="fill: (#\w+|none)"/>'
+)
+KEY, LETTER = 0.2, 0.075  # inches: height of a line of names, width of a letter
 LONGEST = 40  # characters of a model's name
 
 
@@ -80,13 +85,26 @@ def _style(salt: str) -> Iterator[None]:
 
 
 def _plain(svg: str) -> str:
-    """Return a picture as a page takes it: without preamble, metadata, and names that none uses."""
+    """Return a picture as a page takes it: short, without what no page needs, in its colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = CELL.sub(_rectangle, svg)
+    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"font-family: [^;\"]*; | transform=\"rotate\(-0 [^\"]*\"", "", svg)
     used = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = svg.replace(f"{INK}", "currentColor")
-    return re.sub(rf"(fill|stroke): {FAINT}", r"\1: currentColor; \1-opacity: 0.4", svg).strip()
+    svg = re.sub(rf"(fill|stroke): {FAINT}", r"\1: currentColor; \1-opacity: 0.4", svg)
+    return re.sub(r"\n\s*", "\n", svg.replace(INK, "currentColor")).strip()
+
+
+def _rectangle(match: re.Match[str]) -> str:
+    """Return a cell of a panel in a third of matplotlib's words; nothing for an empty one."""
+    if match[5] == "none":
+        return ""
+    x, y, other_x, other_y = map(float, match.groups()[:4])
+    left, top, width, height = min(x, other_x), min(y, other_y), abs(other_x - x), abs(other_y - y)
+    place = f'x="{left:.2f}" y="{top:.2f}" width="{width:.2f}" height="{height:.2f}"'
+    return f'<rect {place} fill="{match[5]}" shape-rendering="crispEdges"/>'
 
 
 class _Page:
@@ -131,7 +149,7 @@ def _panel_height(report: Report) -> float:
 
 def _height(report: Report, section: Section) -> float:
     if section.lines:
-        return KEY + CHART + BELOW
+        return _key(section)[1] + CHART + BELOW
     rows = math.ceil(len(section.panels) / _per_row(report))
     return rows * (ABOVE + _panel_height(report) + BELOW)
 
@@ -145,7 +163,7 @@ def _draw_panels(page: _Page, report: Report, section: Section, top: float) -> N
         left = LEFT + i % per_row * (width + BETWEEN)
         y = top + i // per_row * (ABOVE + height + BELOW) + ABOVE
         axes = page.axes(left, y, width, height)
-        mesh = axes.pcolormesh(np.ma.masked_invalid(grid), edgecolors="face", lw=0.2, **scale)
+        mesh = axes.pcolormesh(np.ma.masked_invalid(grid), **scale)
         axes.invert_yaxis()
         axes.set_yticks(np.arange(len(report.kinds)) + 0.5, report.kinds)
         axes.tick_params(length=0)
@@ -178,7 +196,7 @@ def _from_dark_to_light() -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.95, 256)))
+    return ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.95, 64)))
 
 
 def _name_layers(axes: Any, layers: Sequence[Layer | None], width: float, middle: float) -> None:
@@ -187,7 +205,7 @@ def _name_layers(axes: Any, layers: Sequence[Layer | None], width: float, middle
     ticks: list[tuple[float, str]] = []
     for i, layer in enumerate(layers):
         if layer is None:
-            ticks.append((i + middle, "none"))
+            ticks.append((i + middle, "\N{EN DASH}"))
         elif layer.number == 0 or (layer.number % apart == 0 and _has_room(i, layers, apart)):
             name = f"\n{layer.stack}" if layer.number == 0 and layer.stack else ""
             ticks.append((i + middle, f"{layer.number}{name}"))
@@ -206,7 +224,8 @@ def _has_room(i: int, layers: Sequence[Layer | None], apart: int) -> bool:
 def _draw_lines(page: _Page, report: Report, section: Section, top: float) -> None:
     layers = [layer for layer in report.layers if layer is not None] or report.layers
     width = WIDTH - LEFT - RIGHT
-    axes = page.axes(LEFT, top + KEY, width, CHART)
+    columns, above = _key(section)
+    axes = page.axes(LEFT, top + above, width, CHART)
     for i, part in enumerate(section.lines):
         values: list[Number] = [part.values.get(layer) for layer in layers]
         of_output = part.name == OUTPUT and i == len(section.lines) - 1
@@ -220,14 +239,23 @@ def _draw_lines(page: _Page, report: Report, section: Section, top: float) -> No
             lw=1.5,
             label=_short(part.name),
         )
-    page.text(LEFT - 0.05, top + KEY + CHART + TICK + LABEL, "layer", ha="right")
+    page.text(LEFT - 0.05, top + above + CHART + TICK + LABEL, "layer", ha="right")
     axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.grid(axis="y", lw=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.set_major_locator(_locator(5))
     axes.yaxis.set_major_formatter(lambda x, _: section.told(x))
     _name_layers(axes, layers, width, 0.0)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderaxespad=0.2)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.2
+    )
+
+
+def _key(section: Section) -> tuple[int, float]:
+    """Return in how many columns the names of lines stand, and how high they are."""
+    longest = max(len(_short(line.name)) for line in section.lines)
+    columns = max(1, int((WIDTH - LEFT) / (LETTER * longest + 0.6)))
+    return columns, KEY * math.ceil(len(section.lines) / columns) + 0.1
 
 
 def _short(name: str) -> str:

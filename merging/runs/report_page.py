@@ -29,7 +29,7 @@ body { margin: 2em auto; padding: 0 1.5em; max-width: 1100px; color: var(--ink);
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 0.3em; }
 p, li { max-width: 48em; } p { color: var(--faint); margin: 0.3em 0; }
 pre { padding: 0.8em; border: 1px solid var(--line); overflow-x: auto; font-size: 0.85em; }
-svg { width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif !important; }
+svg { width: 100%; height: auto; font-family: system-ui, sans-serif; }
 table { border-collapse: collapse; margin: 0.8em 0; font-size: 0.85em; }
 th, td { padding: 0.2em 0.8em; border-bottom: 1px solid var(--line); text-align: right; }
 th { font-weight: 600; } th:first-child, td.text { text-align: left; }
@@ -42,7 +42,8 @@ summary { cursor: pointer; color: var(--faint); }
 def card_picture(report: Report) -> str:
     """Return the picture for a model card, on a ground of its own."""
     chosen = [section for section in sections(report) if section.on_card]
-    style = f"<style>{STYLE}svg {{ color: var(--ink); background: var(--paper); }}</style>"
+    ground = "svg { color: var(--ink); background: var(--paper); font-family: sans-serif; }"
+    style = f"<style>{STYLE}{ground}</style>"
     svg = draw(report, chosen, titled=True)
     return svg.replace(">", f">{style}", 1)
 

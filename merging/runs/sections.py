@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from merging.models.kinds import Layer
-from merging.runs.phrases import percent
+from merging.runs.phrases import decimal, percent
 from merging.runs.report import Cell, Measured, Number, Numbers, Report
 
 MOST_PAIRS = 6  # of models that are shown, those least alike
@@ -72,7 +72,7 @@ def unlike(report: Report) -> list[tuple[Measured, str, str]]:
             cosine = own.cosine[s][t]
             if cosine is not None and big[s] and big[t]:
                 both = f"{report.models[s]} and {report.models[t]}"
-                found.append((cosine, tensor.name, tensor, both, f"cosine {cosine:.4f}"))
+                found.append((cosine, tensor.name, tensor, both, f"cosine {decimal(cosine, 4)}"))
         for t in models:
             if not compared and (change := own.change[t]) and big[t]:
                 told = f"changed by {percent(change)}"
@@ -100,7 +100,7 @@ def _of_changes(report: Report) -> list[Section]:
         ),
         Section(
             "Where it is",
-            "The same by kind of tensor.",
+            "The same by kind of tensor; \N{EN DASH} is what stands outside of all layers.",
             percent,
             panels=_panels(report, lambda found, t: found.change[t]),
         ),
@@ -109,7 +109,7 @@ def _of_changes(report: Report) -> list[Section]:
             "The cosine of two models' changes: 1 where they change the base in the same "
             "direction, 0 where one has nothing to do with the other, below 0 where they pull "
             "apart.",
-            lambda cosine: f"{cosine:.2f}",
+            lambda cosine: decimal(cosine, 2),
             panels=_pairs(report),
             middle=0.0,
             on_card=True,
@@ -149,7 +149,7 @@ def _of_models(report: Report) -> list[Section]:
         Section(
             "How much the models agree",
             "The cosine of two models' weights: 1 where they are the same but for their size.",
-            lambda cosine: f"{cosine:.4f}",
+            lambda cosine: decimal(cosine, 4),
             panels=_pairs(report),
             on_card=True,
         ),

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from merging.models.kinds import Layer
-from merging.runs.phrases import listed, percent, place, times
+from merging.runs.phrases import decimal, listed, percent, place, times
 from merging.runs.report import Cell, Number, Numbers, Report
 
 NEGLIGIBLE = 0.001  # a change, of the base, up to which a model is all but equal to it
@@ -101,17 +101,17 @@ def agreement(report: Report) -> Iterator[str]:
     for s, t, cosine in _told(_pairs(report)):
         both = f"{report.models[s]} and {report.models[t]}"
         if cosine >= SAME:
-            yield f"{both} make all but the same change (cosine {cosine:.2f})."
+            yield f"{both} make all but the same change (cosine {decimal(cosine, 2)})."
         elif cosine >= SIMILAR:
-            yield f"{both} change the base in similar directions (cosine {cosine:.2f})."
+            yield f"{both} change the base in similar directions (cosine {decimal(cosine, 2)})."
         elif cosine >= RELATED:
-            yield f"{both} change the base a little in one direction (cosine {cosine:.2f})."
+            yield f"{both} change the base a little in one direction (cosine {decimal(cosine, 2)})."
         elif cosine > -RELATED:
-            yield f"{both} change the base in unrelated directions (cosine {cosine:.2f})."
+            yield f"{both} change the base in unrelated directions (cosine {decimal(cosine, 2)})."
         elif cosine > -SIMILAR:
-            yield f"{both} pull a little apart (cosine {cosine:.2f})."
+            yield f"{both} pull a little apart (cosine {decimal(cosine, 2)})."
         else:
-            yield f"{both} pull in opposite directions (cosine {cosine:.2f})."
+            yield f"{both} pull in opposite directions (cosine {decimal(cosine, 2)})."
 
 
 def least_agreed(report: Report) -> Iterator[str]:
@@ -193,7 +193,7 @@ def reach(report: Report) -> Iterator[str]:
 def likenesses(report: Report) -> Iterator[str]:
     """How alike models are."""
     for s, t, cosine in _told(_pairs(report)):
-        both, told = f"{report.models[s]} and {report.models[t]}", f"(cosine {cosine:.4f})"
+        both, told = f"{report.models[s]} and {report.models[t]}", f"(cosine {decimal(cosine, 4)})"
         if cosine > EQUAL:
             yield f"{both} are all but equal {told}."
         elif cosine >= ALIKE:
@@ -324,7 +324,7 @@ def _lowest_run(report: Report, s: int, t: int, total: float) -> Run | None:
 
 def _place(report: Report, run: Run, digits: int) -> str:
     """Return the words for where a run is, and its cosines."""
-    lowest, highest = f"{run.lowest:.{digits}f}", f"{run.highest:.{digits}f}"
+    lowest, highest = decimal(run.lowest, digits), decimal(run.highest, digits)
     cosines = lowest if lowest == highest else f"{lowest} to {highest}"
     stack = [x for x in report.layers if x and run.layers[0] and x.stack == run.layers[0].stack]
     where = place(run.kind, run.layers, is_all=len(run.layers) == len(stack) > 1)
