@@ -1,5 +1,6 @@
 """The device path, run on an emulated accelerator: results, copies, waits and memory."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +224,27 @@ def test_memory_that_runs_out_once(
         assert merged(method, models, output, "--cuda", "--threads", "1") == expected
     assert device.refusals == 1
     assert device.held == 0
+
+
+@pytest.mark.parametrize("moment", [None, 40])  # at which memory runs out
+def test_a_report_on_a_device_is_the_same(
+    moment: int | None, models: list[str], tmp_path: Path, small_chunks: int
+) -> None:
+    reports = []
+    for name in ("cpu", "cuda"):
+        file = tmp_path / f"{name}.json"
+        options = [*COMMANDS["ties"].format(*models).split(), "--report", str(file), "--quiet"]
+        if name == "cpu":
+            assert main.main([str(tmp_path / name), *options]) == 0
+        else:
+            with emulated(fail_at=moment):
+                assert main.main([str(tmp_path / name), *options, "--cuda"]) == 0
+        reports.append(json.loads(file.read_text(encoding="utf-8")))
+    ours, other = reports
+    assert ours["sentences"] == other["sentences"]
+    for key in ("change", "left", "kept", "distance"):
+        assert ours["total"][key] == pytest.approx(other["total"][key], abs=1e-7)
+    assert ours["total"]["opposed"] == other["total"]["opposed"]
 
 
 def test_tensors_larger_than_a_device(
