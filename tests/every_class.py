@@ -84,6 +84,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
     "DbrxFFNConfig": {"moe_top_k": 2},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "DiffusionGemmaTextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "DoryConfig": {"n_input_layers": 1, "n_output_layers": 1},
     "Dots1Config": {
         "n_routed_experts": 4,
@@ -143,6 +150,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "MinistralConfig": {"head_dim": 8},
     "MoshiConfig": {"audio_vocab_size": 61},
     "MoshiDepthConfig": {"audio_vocab_size": 61, "input_size": 32},
+    "NeoMMEConfig": {"head_dim": 16},
     "NemotronConfig": {"num_key_value_heads": 2},
     "NemotronHConfig": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "Phi4MultimodalAudioConfig": {

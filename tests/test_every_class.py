@@ -36,6 +36,9 @@ FORMS = """BambaForCausalLM BartForCausalLM BltForCausalLM CpmAntForCausalLM Dif
     Zamba2ForCausalLM ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""".split()
 CHOSEN = CAUSAL if os.environ.get("ALL_TESTS") else sorted({*FORMS, *CAUSAL[::20]})
 
+# Classes that are not causal, with configs that differ from layer to layer.
+OTHERS = ("DiffusionGemmaForBlockDiffusion", "EmbeddingGemma2TextModel", "NeoMMEForMaskedLM")
+
 # Of each layer of a stack, the model and the layer there. Seven of four: no period of two survives.
 STACK = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
 
@@ -131,7 +134,7 @@ def ties_oracle(
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", [*CHOSEN, *OTHERS])
 def test_merge(name: str, method: str, made: Made, tmp_path: Path) -> None:
     base, a, b = (made(name, seed) for seed in range(3))
     weights, density, output = [0.75, 0.5], 0.4, tmp_path / "merged"
@@ -355,6 +358,28 @@ def test_a_cycle_of_kinds_is_written_in_full(made: Made, tmp_path: Path) -> None
     kinds_of = tf.AutoConfig.from_pretrained(a).layers_block_type
     expected = [kinds_of[i] for i in (0, 1, 2, 1, 2, 3)]
     assert list(model.config.layers_block_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "length"),
+    [
+        ("FalconH1ForCausalLM", "ssm_multipliers", 5),
+        ("FalconH1ForCausalLM", "mlp_multipliers", 2),
+        ("Mamba2ForCausalLM", "time_step_limit", 2),
+    ],
+)
+def test_a_list_that_is_as_long_as_the_depth_by_chance(
+    name: str, key: str, length: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    model = build(name, num_hidden_layers=length)
+    values = list(getattr(model.config, key))
+    assert len(values) == length
+    model.save_pretrained(folder)
+    recipe = write_stack(tmp_path, (folder, 0, 2), (folder, 1, 2))
+    assert bakllama.main([recipe, str(tmp_path / "out")]) == 0
+    config = loaded(name, tmp_path / "out")[0].config
+    assert (list(getattr(config, key)), config.num_hidden_layers) == (values, 3)
 
 
 def test_a_config_whose_file_counts_otherwise(made: Made, tmp_path: Path) -> None:

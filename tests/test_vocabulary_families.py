@@ -16,6 +16,7 @@ import torch
 import transformers as tf
 from every_class import VOCABULARY, build, randomised, stored, tiny_config, tokenizer
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
 import main
@@ -154,6 +155,46 @@ def test_rows_of_source_and_target(tmp_path: Path) -> None:
             vocabulary = dict(zip(tokens, ids, strict=True))
             (folder / f"vocab-{side}.json").write_text(json.dumps(vocabulary))
     assert_given_back(tmp_path, rows)
+
+
+def write_tokens(folder: Path, tokens: list[str], ids: list[int], **settings: str) -> None:
+    """Write the files of a tokenizer that has a vocab.json and no tokenizer.json."""
+    vocabulary = dict(zip(tokens, ids, strict=True))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | settings))
+
+
+def test_rows_of_speech_by_the_files_of_its_tokenizer(tmp_path: Path) -> None:
+    save_twice(build("Wav2Vec2ForCTC", **_SHORT), tmp_path)
+    ids = shuffled(VOCABULARY)
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *map(chr, range(0x4E00, 0x4E00 + 92))]
+    for name, order in (("original", range(VOCABULARY)), ("copy", ids.tolist())):
+        settings = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "word_delimiter_token": "|"}
+        write_tokens(tmp_path / name, tokens, list(order), **settings)
+    assert_given_back(tmp_path, {VOCABULARY: ids})
+
+
+def test_rows_of_a_translation_by_the_files_of_its_tokenizer(tmp_path: Path) -> None:
+    """Marian has two models of pieces, and one vocabulary that numbers those of both."""
+    (tmp_path / "text").write_text("\n".join(f"words{n % 37} and some thing" for n in range(300)))
+    options = {"vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "pieces"), **options
+    )
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "pieces.model"))
+    own = [pieces.id_to_piece(i) for i in range(3, pieces.get_piece_size())]
+    tokens = ["</s>", "<unk>", *own]
+    tokens += [*(f"▁x{n}" for n in range(VOCABULARY - 1 - len(tokens))), "<pad>"]
+    last = VOCABULARY - 1
+    changes = {"pad_token_id": last, "decoder_start_token_id": last, "eos_token_id": 0}
+    save_twice(build("MarianMTModel", **changes), tmp_path)
+    ids = torch.cat([shuffled(last), torch.tensor([last])])
+    for name, order in (("original", range(VOCABULARY)), ("copy", ids.tolist())):
+        for side in ("source.spm", "target.spm"):
+            shutil.copy(tmp_path / "pieces.model", tmp_path / name / side)
+        write_tokens(tmp_path / name, tokens, list(order), tokenizer_class="MarianTokenizer")
+    assert_given_back(tmp_path, {VOCABULARY: ids})
 
 
 def test_codes_of_sound_match_by_number_and_say_so(
