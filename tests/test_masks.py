@@ -11,6 +11,7 @@ from torch import Tensor
 from merge_methods import dare_linear, dare_ties, della, della_linear
 from merging.arithmetic import chunks
 from merging.arithmetic.masks import random_numbers
+from merging.recipes.recipe import random_key
 
 MANY = 1 << 20
 FAR = 5.5  # standard deviations that chance does not reach, in all of these tests together
@@ -173,6 +174,21 @@ def test_a_mask_does_not_depend_on_what_it_is_of() -> None:
         found = dare_ties(base, [base, model, model], [1, 1, 0], [0.5, 0.4, 0.1], [1, 8, 2])
         assert torch.equal((found != base).flatten(), mask)
     assert torch.equal(kept(8, 0.4, 700), mask[:700])
+
+
+def test_a_seed_gives_the_same_masks_in_every_version() -> None:
+    """Numbers that must never change: models are made again by their seeds."""
+
+    def numbers(key: int, start: int) -> list[int]:
+        scratch = chunks.Scratch(4, torch.device("cpu"))
+        return random_numbers(key, slice(start, start + 4), scratch).tolist()
+
+    assert random_key(0, "model.norm.weight", 0) == 17729460177700975032
+    assert random_key(1, "model.norm.weight", 1) == 14933110064474684048
+    assert numbers(0, 0) == [1751558192, 428357321, 2018081222, 212931375]
+    assert numbers(5, 0) == [834999122, 1400757968, 1042054231, 404771119]
+    far = numbers((1 << 63) + 9, (1 << 32) - 2)
+    assert far == [479381333, 977723335, 136791556, 2053325914]
 
 
 def test_indices_beyond_32_bits_have_numbers_of_their_own() -> None:
