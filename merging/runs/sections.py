@@ -41,7 +41,9 @@ class Section(NamedTuple):
 
 def sections(report: Report) -> list[Section]:
     """Return what there is to see of a merge; what has no numbers is left out."""
-    made = _of_changes(report) if report.has_base else _of_models(report)
+    made = _of_models(report)
+    if report.has_base:
+        made = [*_of_changes(report), *_of_output(report)]
     filled = [
         section._replace(
             lines=[part for part in section.lines if any(_known(part.values.values()))],
@@ -87,7 +89,7 @@ def _part(own: Numbers, total: Numbers, t: int) -> float:
 
 
 def _of_changes(report: Report) -> list[Section]:
-    """Return the sections of a merge of what models changed of a base."""
+    """Return the sections on what models changed of a base."""
     output = Lines(OUTPUT, {x: found.output_change for x, found in report.by_layer.items()})
     opposed = {cell: found.opposed for cell, found in report.cells.items()}
     return [
@@ -121,6 +123,12 @@ def _of_changes(report: Report) -> list[Section]:
             percent,
             panels=[Panel("all models", opposed)],
         ),
+    ]
+
+
+def _of_output(report: Report) -> list[Section]:
+    """Return the sections on what a merge has of its models."""
+    return [
         Section(
             "What the output has of each change",
             "100 % where the output has all of a model's change, 0 % where nothing points in its "
