@@ -72,7 +72,8 @@ def report_problems(
     """Return what speaks against writing reports to these files."""
     problems = []
     seen: set[Path] = set()
-    folders = [Path(os.path.realpath(folder)) for folder in (output, *inputs)]
+    named = [path for path in (output, *inputs) if not _name_problem(str(path))]
+    folders = [Path(os.path.realpath(path)) for path in named]
     for name in reports:
         if problem := _name_problem(name):
             problems.append(f"--report {name[:200]}: {problem}")
