@@ -54,7 +54,9 @@ def sce(
                 delta.mul_(selected)
 
     squares = squared_norms(base, tensors, select, to)
-    weights = normalized(squares) if sum(squares) > 0 else [1 / len(squares)] * len(squares)
+    weights = [1 / len(squares)] * len(squares)
+    if sum(squares) > 0:  # what is not finite is so in the deltas too, and reaches the result
+        weights = normalized(squares) if math.isfinite(sum(squares)) else [math.nan] * len(squares)
 
     def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
         select(deltas, scratch)

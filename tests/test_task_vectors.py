@@ -444,6 +444,17 @@ def test_sce_needs_two_models() -> None:
         sce(torch.zeros(3), [torch.ones(3)])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_sce_of_what_is_not_finite_is_not_finite(where: int, bad: float, share: float) -> None:
+    tensors = randoms(3, (40,), torch.bfloat16)
+    tensors[where][7] = bad
+    assert not sce(tensors[0], tensors[1:], select_topk=share).isfinite().all()
+    tensors[where].fill_(bad)
+    assert not sce(tensors[0], tensors[1:], select_topk=share).isfinite().all()
+
+
 def test_sce_of_an_exact_tie_of_votes_takes_plus() -> None:
     base = torch.zeros(2)
     a, b = torch.tensor([2.0, 1.0]), torch.tensor([-2.0, 1.0])
