@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from merging.arithmetic.sums import Gram, cosine, gram_matrix, weighted_sum
+from merging.arithmetic.chunks import Scratch, add_to_base
+from merging.arithmetic.sums import Gram, cosine, gram_matrix, weighted_sum, weighted_total
 from merging.arithmetic.weights import Undefined, check_one_each, normalized
 
 PARALLEL = 0.9995  # |cos| above which slerp interpolates linearly
@@ -21,6 +22,7 @@ ALL_BUT_PARALLEL = 1e-6  # sine below which nuslerp interpolates linearly
 CANCELLED = 1e-6  # length of a mean of unit vectors that has no direction
 SETTLED = 1e-6  # length of a step of karcher below which only rounding makes one longer
 MOST_STEPS = 1000
+LARGE = 1e3  # size of a coefficient above which tensors would cancel, but for their differences
 
 OPPOSITE = (
     "the models point in opposite directions, between which no mean is defined; use other weights, "
@@ -314,4 +316,10 @@ def _add_changes(
     """Return base + lambda sum_t c_t (theta_t - base)."""
     found = [lambda_ * c for c in coefficients]
     dtype = dtype or base.dtype
+    if max(map(abs, found), default=0) > LARGE:  # of a direction whose change is next to nothing
+
+        def merge(deltas: list[Tensor], part: slice, scratch: Scratch) -> Tensor:
+            return weighted_total(deltas, found, scratch)
+
+        return add_to_base(merge, base, tensors, 1, dtype, device, work=torch.float64)
     return weighted_sum([base, *tensors], [1 - math.fsum(found), *found], dtype, device)

@@ -290,6 +290,20 @@ def test_multislerp_does_not_depend_on_the_order_of_models() -> None:
     torch.testing.assert_close(multislerp([c, a, b], [0.5, 0.2, 0.3]), found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_multislerp_of_a_change_of_a_single_tiny_entry(dtype: torch.dtype) -> None:
+    base, step = randoms(2, (30, 20), dtype)
+    base[0, 0] = 0
+    a, b = (base + step / 16).to(dtype), base.clone()
+    b[0, 0] = 1e-20
+    delta = a.double() - base.double()
+    along = torch.zeros(30, 20, dtype=torch.float64)
+    along[0, 0] = 1
+    mean = delta / delta.norm() + along
+    expected = base.double() + mean / mean.norm() * (delta.norm() + float(b[0, 0])) / 2
+    torch.testing.assert_close(multislerp([a, b], [1.0, 1.0], base=base), expected.to(dtype))
+
+
 def test_multislerp_refuses_vectors_without_a_mean() -> None:
     a = randoms(1, (50,), torch.float32)[0]
     with pytest.raises(Undefined, match="mean"):
