@@ -256,6 +256,31 @@ def test_tensors_without_a_mean_are_refused_by_name(
     assert not output.parent.exists()
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_refused_by_name(
+    row: Method,
+    bad: float,
+    make: Make,
+    tmp_path: Path,
+    output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a model, and in the base; in an entry alone, and in a whole tensor."""
+    sound = [make("llama", seed, num_hidden_layers=2) for seed in range(3)]
+    name = "model.layers.1.mlp.up_proj.weight"
+    count = merged_models(row) + (row.base != DONOR)
+    for broken, entries in ((0, slice(None)), (count - 1, slice(7, 8))):
+        tensors = stored(sound[broken])
+        tensors[name].view(-1)[entries] = bad
+        models = [*sound[:count]]
+        models[broken] = rewrite(sound[broken], tmp_path / f"broken {broken}", tensors)
+        base, *others = models if row.base != DONOR else [models[0], *models]
+        text = fails(capsys, output, *command(row, base, others))
+        assert f"error: {models[broken]}: {name} contains NaN or infinity" in text
+        assert not output.parent.exists()
+
+
 # -------------------------------------------------------------------- trimming models as a whole
 
 
@@ -463,6 +488,20 @@ def test_numbers_outside_of_their_range_are_refused(row: Method, parameter: Para
     for value in inside(parameter):
         found = problems_of(given(row, **{parameter.name: value}))
         assert not any(text.startswith(f"{parameter.option}: ") for text in found)
+
+
+@pytest.mark.parametrize("row, parameter", parameters(lambda p: p.is_seed))
+def test_a_seed_is_a_whole_number_of_63_bits(
+    row: Method, parameter: Parameter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (0, 10**18, 2**62, int(parameter.high)):
+        recipe = recipe_of([*given(row), parameter.option, str(value)])
+        assert recipe.values[parameter.name] == value
+    for text in ("-1", str(int(parameter.high) + 1), "9" * 30, "1.5", "1,2", ""):
+        with pytest.raises(SystemExit):
+            recipe_of([*given(row), f"{parameter.option}={text}"])
+        expected = f"{parameter.option}: expected a whole number from 0 to {int(parameter.high)}"
+        assert f"{expected}, got {text!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row, parameter", parameters(lambda p: p.is_number))

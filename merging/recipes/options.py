@@ -14,6 +14,7 @@ EXIT_STATUS = (
 )
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MOST_THREADS = 4096
+LARGEST_WHOLE_NUMBER = 2**63 - 1
 SIZE = re.compile(r"\s*(\d+\.?\d*)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
@@ -108,10 +109,13 @@ def _threads(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """Parse a number of at least 0."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    """Parse a number of at least 0 that 63 bits hold."""
+    value = int(text) if re.fullmatch(r"[0-9]{1,19}", text) else -1
+    if not 0 <= value <= LARGEST_WHOLE_NUMBER:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to {LARGEST_WHOLE_NUMBER}, got {text!r}"
+        )
+    return value
 
 
 def _versions() -> str:
