@@ -251,6 +251,15 @@ def test_nuslerp_takes_a_straight_line_where_there_is_no_arc() -> None:
     torch.testing.assert_close(nuslerp([a, 0 * a], [3, 1]), 0.75 * a)
 
 
+@pytest.mark.parametrize("angle", [1e-5, 1e-3, 0.03])
+def test_nuslerp_follows_short_arcs_too(angle: float) -> None:
+    """A straight line would be too short, by the angle's square."""
+    a, b = (torch.tensor([math.cos(x), math.sin(x)], dtype=torch.float64) for x in (0, angle))
+    found = nuslerp([a, b], [1, 1])
+    expected = [math.cos(angle / 2), math.sin(angle / 2)]
+    assert found.tolist() == pytest.approx(expected, abs=2e-12 * angle, rel=1e-15)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nuslerp_is_slerp(dtype: torch.dtype) -> None:
     a, b = randoms(2, (5_000,), dtype)
