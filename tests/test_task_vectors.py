@@ -707,3 +707,17 @@ def test_votes_that_nearly_cancel_are_counted_in_float64(
             agreeing = sum((p * sign > 0) * w for p, w in zip(parts, weights, strict=True))
             total = total / torch.where(agreeing > 0, agreeing, 1.0)
         torch.testing.assert_close(found.double(), total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9])
+def test_of_two_changes_the_lesser_weight_takes_nothing_of_the_other(least: float) -> None:
+    """A change that is small, of a model that counts, beside a large one of one that does not."""
+    large, small = randoms(2, (1_000,), torch.bfloat16)
+    small = (large.abs() * small.sign() * least).bfloat16()
+    found = ties(torch.zeros_like(large), [large, small], [least, 1.0], [1.0, 1.0])
+    parts = [large.double() * least, small.double()]
+    agree = large.sign() == small.sign()
+    of_one = torch.where(parts[0].abs() > parts[1].abs(), large.double(), parts[1])
+    expected = torch.where(agree, sum(parts) / (1 + least), of_one)
+    clear = agree | ((parts[0].abs() / parts[1].abs() - 1).abs() > 1e-6)
+    torch.testing.assert_close(found.double()[clear], expected[clear], rtol=2**-8, atol=0)

@@ -75,7 +75,8 @@ def disjoint_sum(
     has the sign.
     """
     work, length = deltas[0].dtype, len(deltas[0])
-    if len(deltas) == 2 and normalize and work == torch.float32 and min(weights) > 0:
+    comparable = min(weights) * 1e4 > max(weights) > 0  # or little would be left of the lesser one
+    if len(deltas) == 2 and normalize and work == torch.float32 and comparable:
         return _disjoint_mean_of_two(deltas, weights, signs, scratch)
     weight_sum, term = (scratch(name, work, length) for name in ("weight sum", "term"))
     for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
