@@ -1,4 +1,4 @@
-"""Merge checkpoints of one architecture into one, by any of twenty methods.
+"""Merge checkpoints of one architecture into one, by any of nineteen methods.
 
 python main.py ./output --base-model org/base --merge org/math --weight 0.5 --density 0.5 \
     --merge org/code --weight 0.3 --density 0.5

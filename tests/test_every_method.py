@@ -438,6 +438,21 @@ def test_a_number_with_a_default_need_not_be_given(row: Method, parameter: Param
         assert found == ([parameter.default] * count if parameter.per_model else parameter.default)
 
 
+def test_defaults_are_those_of_the_papers() -> None:
+    numbers = {"gamma": {0.01}, "select_topk": {1.0}, "r": {0.1}, "alpha": {0.2}, "seed": {0}}
+    numbers |= {"lambda": {1.0}, "epsilon": {0.15, 1e-5}, "density": {None, 0.33}, "t": {None}}
+    numbers |= {"weight": {None, 1.0}}
+    found: dict[str, set[Any]] = {}
+    for row in ROWS:
+        for parameter in row.parameters:
+            if parameter.is_number or parameter.is_seed:
+                found.setdefault(parameter.name, set()).add(parameter.default)
+    assert found == numbers
+    averaging = {"ties", "linear", "della"}  # by default, and none of the others
+    switches = [(row.name, p) for row in ROWS for p in row.parameters if p.name == "normalize"]
+    assert {name for name, parameter in switches if parameter.default} == averaging
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_options_of_other_methods_are_refused(row: Method) -> None:
     own = {p.option for p in row.parameters}
@@ -488,6 +503,16 @@ def test_numbers_outside_of_their_range_are_refused(row: Method, parameter: Para
     for value in inside(parameter):
         found = problems_of(given(row, **{parameter.name: value}))
         assert not any(text.startswith(f"{parameter.option}: ") for text in found)
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@pytest.mark.parametrize("density, epsilon", [(0.25, 0.25), (0.75, 0.25), (0.9, 0.3), (1.0, 0.0)])
+def test_probabilities_of_0_and_1_are_refused(name: str, density: float, epsilon: float) -> None:
+    (text,) = problems_of(given(METHODS[name], density=density, epsilon=epsilon))
+    assert f"a density of {density:g} and an epsilon of {epsilon:g}: expected" in text
+    less = math.nextafter(epsilon, 0) if epsilon else 0.0
+    near = given(METHODS[name], density=math.nextafter(density, 0.5), epsilon=less)
+    assert bool(problems_of(near)) == (density == 0.9)
 
 
 @pytest.mark.parametrize("row, parameter", parameters(lambda p: p.is_seed))

@@ -709,6 +709,24 @@ def test_votes_that_nearly_cancel_are_counted_in_float64(
         torch.testing.assert_close(found.double(), total, rtol=1e-6, atol=0)
 
 
+def test_thresholds_of_a_model_hold_for_changes_rounded_to_float32() -> None:
+    """For those that are more than float32 holds, as are differences of float32 tensors."""
+    step = 2.0**-24
+    values = [1 - step, 1 - 0.6 * step, 1 - 0.5 * step, 1 - 0.4 * step, 1, 1 + step]
+    change = torch.tensor([*values, *(-v for v in values)], dtype=torch.float64)
+    found = ties(torch.zeros_like(change), [change], [1.0], [0.5], thresholds=[1.0])
+    assert torch.equal(found, torch.where(change.float().abs() >= 1, change, 0))
+    assert int(found.count_nonzero()) == 8  # at half a step it is rounded to even, which is 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_of_weight_0_adds_nothing_where_the_other_does_not(dtype: torch.dtype) -> None:
+    a, b = torch.tensor([[3.0, -3.0, 3.0, 3.0], [0.0, 0.0, 0.5, -0.5]], dtype=dtype)
+    for weights, models in (([0.0, 1.0], [a, b]), ([1.0, 0.0], [b, a])):
+        found = ties(torch.zeros_like(a), models, weights, [1.0, 1.0])
+        assert found.tolist() == [0.0, 0.0, 0.5, -0.5]
+
+
 @pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9])
 def test_of_two_changes_the_lesser_weight_takes_nothing_of_the_other(least: float) -> None:
     """A change that is small, of a model that counts, beside a large one of one that does not."""

@@ -313,6 +313,14 @@ def test_multislerp_of_a_change_of_a_single_tiny_entry(dtype: torch.dtype) -> No
     torch.testing.assert_close(multislerp([a, b], [1.0, 1.0], base=base), expected.to(dtype))
 
 
+def test_multislerp_of_sixteen_bits_where_directions_all_but_cancel() -> None:
+    """The mean is so short, 0.0008, that sums in float32 would be wrong by a hundredth of it."""
+    a = randoms(1, (20_000,), torch.bfloat16)[0]
+    b = -(1.37 * a)
+    found, exact = multislerp([a, b], [1, 1]), multislerp_oracle([a, b], [1, 1])
+    assert (found.double() - exact).norm() < 2**-8 * exact.norm()
+
+
 def test_multislerp_refuses_vectors_without_a_mean() -> None:
     a = randoms(1, (50,), torch.float32)[0]
     with pytest.raises(Undefined, match="mean"):
