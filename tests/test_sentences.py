@@ -243,6 +243,14 @@ def test_where_models_are_least_alike_and_what_the_output_is_near_to() -> None:
     assert found[2] == "The output is about as far from each model (7.5 %)."
 
 
+def test_a_model_beside_one_of_zeros_is_not_called_scaled() -> None:
+    """They share tensors, though they have no cosine; alone in its tensors, it is scaled."""
+    name = ATTENTION.format(0)
+    assert said({name: (BASE, torch.zeros(8, dtype=torch.float64))}, method="linear") == []
+    alone = said({name: (BASE,)}, method="linear", models=["a"], output=[0.5])
+    assert alone == ["What is taken of a is scaled, by 50 % of it in all."]
+
+
 def test_a_report_of_nothing_says_nothing() -> None:
     for method in ("ties", "linear"):
         report = report_of({}, method=method)

@@ -265,9 +265,12 @@ def _only_model(found: Numbers | None) -> tuple[int, float] | None:
 
 def scaled(report: Report) -> Iterator[str]:
     """Models whose tensors are alone in the output, and not as they were."""
+    found = [tensor.numbers.norm for tensor in report.tensors if tensor.numbers]
+    if any(len([norm for norm in norms if norm is not None]) > 1 for norms in found):
+        return
     for t, model in enumerate(report.models):
         distance = report.total.distance[t]
-        if distance and not _pairs(report):
+        if distance:
             yield f"What is taken of {model} is scaled, by {percent(distance)} of it in all."
 
 
