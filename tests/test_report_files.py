@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -141,6 +142,22 @@ def test_names_cannot_break_a_page(make: Make, tmp_path: Path) -> None:
     page = Page(file.read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert any("script>&$x$ changes the base" in word for word in page.words)
+
+
+def test_numbers_in_a_picture_are_whole(make: Make, tmp_path: Path) -> None:
+    """Of names too: it is coordinates that are rounded, and placeholders that are coloured."""
+    names = ["lr-0.0001", "lr-0.0005", "colour #010203"]
+    for seed, name in enumerate(names):
+        shutil.copytree(make("llama", seed), tmp_path / name)
+    file = tmp_path / "report.html"
+    merges = [word for name in names for word in ("--merge", str(tmp_path / name))]
+    options = ["--method", "linear", "--weight", "1", "--report", str(file), "--dry-run"]
+    assert main.main([str(tmp_path / "out"), *merges, *options]) == 0
+    pictures = re.findall("<svg.*?</svg>", file.read_text(encoding="utf-8"), re.DOTALL)
+    words = [word for svg in pictures for word in re.findall(r"<text[^>]*>([^<]*)", svg)]
+    assert {*names, f"{names[0]} and {names[1]}"} <= {*words}
+    assert any(re.fullmatch(r"-?[01]\.\d{4}", word) for word in words)  # beside the colours
+    assert re.findall(r'd="[^"]*\.\d{3}', "".join(pictures)) == []
 
 
 # -------------------------------------------------------------------- refusals

@@ -7,7 +7,7 @@ dark one. The same numbers give the same bytes.
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,12 +89,18 @@ def _plain(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = CELL.sub(_rectangle, svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
-    svg = re.sub(r"font-family: [^;\"]*; | transform=\"rotate\(-0 [^\"]*\"", "", svg)
     used = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(rf"(fill|stroke): {FAINT}", r"\1: currentColor; \1-opacity: 0.4", svg)
-    return re.sub(r"\n\s*", "\n", svg.replace(INK, "currentColor")).strip()
+    svg = re.sub(r"<[^>]*>", lambda tag: _plain_tag(tag[0], used), svg)  # not the text between
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def _plain_tag(tag: str, used: Container[str]) -> str:
+    """Return a tag with short numbers, and with an id only if that is used."""
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)
+    tag = re.sub(r"font-family: [^;\"]*; | transform=\"rotate\(-0 [^\"]*\"", "", tag)
+    tag = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", tag)
+    tag = re.sub(rf"(fill|stroke): {FAINT}", r"\1: currentColor; \1-opacity: 0.4", tag)
+    return tag.replace(INK, "currentColor")
 
 
 def _rectangle(match: re.Match[str]) -> str:
