@@ -172,7 +172,10 @@ def test_numbers_in_a_picture_are_whole(make: Make, tmp_path: Path) -> None:
         ("other.json", "no report of a merge"),
         ("inputs/a/report.html", "lies in a model; name a file elsewhere"),
         ("out/model/report.html", "is no directory"),
+        ("out/model.html", "is to be a folder of the output"),
         ("x" * 300 + ".html", "the path is too long"),
+        ("x" * 245 + ".html", "the name is too long by 4 bytes"),
+        ("blocked.html", ".blocked.html.partial is in the way"),
         ("a\0.html", "null byte"),
     ],
 )
@@ -182,6 +185,9 @@ def test_places_where_no_report_can_be(
     folder = output.parent.parent
     (folder / "folder.html").mkdir()
     (folder / "other.json").write_text("{}")
+    (folder / ".blocked.html.partial").mkdir()
+    if name == "out/model.html":
+        name, output = "model.html", folder / "model.html" / "model"
     arguments = ties_command(output, inputs, "--report", f"{folder}/{name}", "--overwrite")
     found = fails(capsys, *arguments)
     assert "error: --report " in found and message in found
@@ -197,6 +203,15 @@ def test_a_report_is_replaced_only_by_overwrite(
     assert main.main([*again, "--overwrite"]) == 0
     twice = [*again, "--overwrite", "--report", f"{tmp_path}/inputs/../report.html"]
     assert "given twice; name another file" in fails(capsys, *twice)
+
+
+def test_a_link_at_the_hidden_name_is_not_followed(inputs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("kept")
+    (tmp_path / ".report.html.partial").symlink_to(tmp_path / "kept.txt")
+    assert reported(inputs, tmp_path).startswith("<!DOCTYPE html>")
+    assert (tmp_path / "kept.txt").read_text() == "kept"
+    assert not (tmp_path / "report.html").is_symlink()
+    assert visible(tmp_path) == ["inputs", "kept.txt", "out", "report.html"]
 
 
 def test_a_failed_run_leaves_no_report(
@@ -233,7 +248,7 @@ def test_a_report_that_loses_its_place_is_a_warning(
 
     monkeypatch.setattr(writing, "verify", taken)
     arguments = ties_command(output, inputs, "--report", str(report))
-    arguments.remove("--quiet")
+    assert "--quiet" in arguments  # which silences no warning
     assert main.main(arguments) == 0
     assert "warning: no report: " in capsys.readouterr().err
     assert "config.json" in contents(output)

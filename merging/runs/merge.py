@@ -71,7 +71,7 @@ def make(
     _say_plan(plan, len(shards), arguments.verbose, quiet)
     progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
     reporting = Reporting(recipe, plan, arguments.report)
-    with reporting.staged(lambda text: say(text, quiet)):
+    with reporting.staged(lambda text: say(text, quiet), warn=say):
         if arguments.dry_run:
             reporting.measure(device, arguments.threads, progress)
             return

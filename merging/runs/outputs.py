@@ -86,8 +86,15 @@ def report_problems(
             problems.append(f"--report {name}: given twice; name another file")
         elif any(folder in (target, *target.parents) for folder in folders):
             problems.append(f"--report {name}: lies in a model; name a file elsewhere")
+        elif any(target in folder.parents for folder in folders):
+            problems.append(f"--report {name}: is to be a folder of the output; name another file")
         seen.add(target)
     return problems
+
+
+def hidden_report(file: Path) -> Path:
+    """Return where a report is written before it gets its name."""
+    return file.with_name(f".{file.name}.partial")
 
 
 def _report_problem(file: Path, overwrite: bool) -> str:
@@ -98,6 +105,11 @@ def _report_problem(file: Path, overwrite: bool) -> str:
         return f"{file.parent} is no directory"
     if not os.access(file.parent, os.W_OK):
         return f"{file.parent} cannot be written to"
+    hidden = hidden_report(file)
+    if (size := len(os.fsencode(hidden.name))) > 255:
+        return f"the name is too long by {size - 255} bytes"
+    if hidden.is_dir() and not hidden.is_symlink():
+        return f"{hidden} is in the way; move it, or name another file"
     if not os.path.lexists(file):
         return ""
     if not overwrite:

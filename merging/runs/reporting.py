@@ -13,6 +13,7 @@ from merging.plans.plan import Plan
 from merging.problems import explain
 from merging.recipes.recipe import Recipe
 from merging.runs.computing import Observer, available_processors, compute, computed
+from merging.runs.outputs import hidden_report
 from merging.runs.pictures import INSTALL, can_draw
 from merging.runs.report import Measurements, Report
 from merging.runs.report_page import card_picture, content_of
@@ -26,16 +27,16 @@ class Reporting:
 
     def __init__(self, recipe: Recipe, plan: Plan, files: Sequence[str]) -> None:
         self._recipe, self._plan = recipe, plan
-        self._hidden = {Path(file): Path(file).with_name(_hidden_name(file)) for file in files}
+        self._hidden = {Path(file): hidden_report(Path(file)) for file in files}
         self._measurements = Measurements()
         self.observe: Observer | None = self._measurements if files else None
         self.picture = CARD_PICTURE if files and can_draw() else None  # of a model card
 
     @contextmanager
-    def staged(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def staged(self, tell: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
         """Give what was written its names when the `with` ends well; else remove it.
 
-        What goes wrong at that very end is told.
+        What goes wrong at that very end is a warning.
         """
         if self._hidden and not can_draw():
             tell(f"note: {INSTALL}")
@@ -45,7 +46,7 @@ class Reporting:
                 try:
                     os.replace(hidden, file)
                 except OSError as error:
-                    tell(f"warning: no report: {explain(error)}")
+                    warn(f"warning: no report: {explain(error)}")
                 else:
                     tell(f"report: {file}")
         finally:
@@ -75,10 +76,8 @@ class Reporting:
             return
         report = Report(self._recipe, self._plan, self._measurements.found)
         for file, hidden in self._hidden.items():
-            hidden.write_bytes(content_of(report, file))
+            hidden.unlink(missing_ok=True)  # what a killed run left; a link must not be followed
+            with hidden.open("xb") as stream:
+                stream.write(content_of(report, file))
         if folder is not None and self.picture:
             (folder / self.picture).write_text(card_picture(report), encoding="utf-8")
-
-
-def _hidden_name(file: str) -> str:
-    return f".{Path(file).name}.partial"
