@@ -30,7 +30,7 @@ from merge_methods import (
     task_arithmetic,
     ties,
 )
-from merging.arithmetic import chunks, selection
+from merging.arithmetic import chunks, memory, selection
 from merging.arithmetic.selection import trim_threshold
 from merging.arithmetic.sums import cosine, gram_matrix, weighted_sum
 from merging.arithmetic.weights import normalized
@@ -195,6 +195,60 @@ def test_chunks_and_threads_do_not_change_a_bit(
             assert torch.equal(METHODS[method](tensors), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_used_memory_does_not_change_a_bit(method: str, reused: list[Tensor]) -> None:
+    """Whatever it holds of an earlier merge, of another dtype, of the results and the scratch."""
+    tensors = randoms(3, (251, 163), torch.float32)
+    expected = METHODS[method](tensors)
+    kept = expected.clone()
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        memory.release(METHODS[method](randoms(3, (251, 163), dtype)))
+        assert reused
+        assert torch.equal(METHODS[method](tensors), kept)
+        assert torch.equal(expected, kept)  # which nobody released
+
+
+@pytest.fixture
+def reused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Use all memory again, however little; give what is unused."""
+    unused: list[Tensor] = []
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    monkeypatch.setattr(memory, "_unused", unused)
+    return unused
+
+
+def test_memory_is_used_again_where_it_fits(reused: list[Tensor]) -> None:
+    cpu = torch.device("cpu")
+
+    def empty(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return memory.empty(count, dtype, cpu)
+
+    first, second = empty(1000), empty(1000)
+    places = first.data_ptr(), second.data_ptr()
+    assert places[0] != places[1]
+    memory.release(first[200:300].view(10, 10))  # a view stands for all of its memory
+    assert empty(1001).data_ptr() not in places
+    assert empty(799).data_ptr() not in places  # four fifths, at least
+    again = empty(1600, torch.bfloat16)
+    assert (again.data_ptr(), again.shape, again.dtype) == (places[0], (1600,), torch.bfloat16)
+    assert empty(1600, torch.bfloat16).data_ptr() not in places
+    memory.release(again)
+    assert empty(500, torch.float64).data_ptr() == places[0]
+    assert not reused
+
+
+def test_little_unused_memory_is_kept(
+    reused: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SMALLEST", 100)
+    monkeypatch.setattr(memory, "KEPT", 1000)
+    for nbytes in (99, 400, 500, 1001, 300, 200):
+        memory.release(torch.empty(nbytes, dtype=torch.uint8))
+    assert [block.nbytes for block in reused] == [500, 300, 200]
+    memory.release(torch.empty(300, dtype=torch.uint8, device="meta"))
+    assert len(reused) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)

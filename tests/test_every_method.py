@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 import main
+from merging.arithmetic import chunks, memory, sums
 from merging.recipes.command_line import recipe_from
 from merging.recipes.declarations import DONOR, OPERAND, OPTIONAL, ORIGIN, Method, Parameter
 from merging.recipes.merge_options import build_parser
@@ -169,6 +170,34 @@ def test_a_method_merges_as_its_oracle(name: str, checkpoints: list[Path], outpu
         else:
             assert wrong_sums(values, expected, sources) == 0, tensor
     loads(output)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_results_that_are_written_leave_their_memory_to_others(
+    row: Method, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *models = (make("llama", seed, num_hidden_layers=2) for seed in range(3))
+    words = [*command(row, base, models[: merged_models(row)]), "--quiet", "--no-model-card"]
+    taken: list[Tensor] = []
+    empty = memory.empty
+
+    def watched(*given: Any) -> Tensor:
+        before = len(memory._unused)
+        found = empty(*given)
+        taken.extend([found] * (len(memory._unused) < before))
+        return found
+
+    for module in (chunks, sums):
+        monkeypatch.setattr(module, "empty", watched)
+    assert main.main([str(tmp_path / "new"), *words]) == 0
+    assert not taken
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    for threads in ("1", "3"):
+        output = tmp_path / threads
+        assert main.main([str(output), *words, "--threads", threads]) == 0
+        assert contents(output) == contents(tmp_path / "new")
+    assert any(tensor.dtype == torch.bfloat16 for tensor in taken)
+    memory._unused.clear()
 
 
 def loads(folder: Path) -> None:

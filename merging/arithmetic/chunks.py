@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from merging.arithmetic.memory import empty, release
 from merging.arithmetic.watching import current_watcher
 
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
@@ -21,17 +22,27 @@ Merge = Callable[[list[Tensor], slice, "Scratch"], Tensor]
 
 
 class Scratch:
-    """Tensors to compute in, by name, that are made once and used for every chunk."""
+    """Tensors to compute in, by name, that are made once and used for every chunk.
+
+    At the end of a `with` their memory is released: none of them may be used after that.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
         self._tensors: dict[object, Tensor] = {}
 
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._tensors:
+            release(self._tensors.popitem()[1])
+
     def __call__(self, name: object, dtype: torch.dtype, length: int | None = None) -> Tensor:
         """Return the tensor of a name, of what it held before, cut to a length."""
         key = name, dtype
         if key not in self._tensors:
-            self._tensors[key] = torch.empty(self.size, dtype=dtype, device=self.device)
+            self._tensors[key] = empty(self.size, dtype, self.device)
         return self._tensors[key][:length]
 
 
@@ -104,18 +115,18 @@ def add_to_base(
     device = device or base.device
     work = work or work_dtype([base, *tensors], dtype)
     flat = [t.reshape(-1) for t in (base, *tensors)]
-    out = torch.empty_like(flat[0], dtype=dtype or base.dtype)
+    out = empty(base.numel(), dtype or base.dtype, base.device)
     size = chunk_size(len(out), device, row_length=row_length(base) if whole_rows else 1)
-    scratch = Scratch(size, device)
     watcher = current_watcher()
-    for part in chunks(len(out), size):
-        origin, *deltas = load_deltas(flat, part, work, scratch)
-        if watcher is not None:
-            watcher.before(part, origin, deltas, scratch)
-        merged = merge(deltas, part, scratch)
-        if lambda_ != 1:
-            merged.mul_(lambda_)
-        store(out[part], merged.add_(origin))
-        if watcher is not None:
-            watcher.after(out[part])
+    with Scratch(size, device) as scratch:
+        for part in chunks(len(out), size):
+            origin, *deltas = load_deltas(flat, part, work, scratch)
+            if watcher is not None:
+                watcher.before(part, origin, deltas, scratch)
+            merged = merge(deltas, part, scratch)
+            if lambda_ != 1:
+                merged.mul_(lambda_)
+            store(out[part], merged.add_(origin))
+            if watcher is not None:
+                watcher.after(out[part])
     return out.view(base.shape)

@@ -12,27 +12,42 @@ from torch import Tensor
 ROW = {torch.float32: 1 << 10, torch.float64: 1 << 12}
 
 
-def rows(chunk: Tensor) -> list[Any]:
-    """Return a chunk as rows and what is left of them, as `dot` takes it.
+def rows(chunk: Tensor, length: int | None = None) -> list[Any]:
+    """Return a chunk as rows and what is left of them, as `dots` takes it.
 
     On a processor as arrays, as numpy multiplies them several times as fast as torch.
     """
-    size, length = chunk.numel(), ROW[chunk.dtype]
+    size, length = chunk.numel(), length or ROW[chunk.dtype]
     whole = size // length * length
     parts = [chunk[:whole].view(-1, length)] if whole else []
     parts += [chunk[whole:].view(1, -1)] if whole < size else []
     return [part.numpy() for part in parts] if chunk.device.type == "cpu" else parts
 
 
+def dots(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
+    """Return the dot products of rows, in their own dtype."""
+    return [
+        (a * b).sum(1) if isinstance(a, Tensor) else np.vecdot(a, b)
+        for a, b in zip(one, other, strict=True)
+    ]
+
+
+def listed(numbers: Sequence[Any]) -> list[float]:
+    """Return the numbers of several arrays or tensors; those of a device after one wait for it."""
+    if not numbers:
+        return []
+    if isinstance(numbers[0], Tensor):
+        found: list[float] = torch.cat(list(numbers)).tolist()
+        return found
+    return list(np.concatenate(numbers).tolist())
+
+
 def dot(one: Sequence[Any], other: Sequence[Any]) -> float:
     """Return a dot product: of each row in its own dtype, and their sum in float64."""
-    total = 0.0
-    for a, b in zip(one, other, strict=True):
-        if isinstance(a, Tensor):
-            total += float((a * b).sum(1).double().sum())
-        else:
-            total += float(np.vecdot(a, b).sum(dtype=np.float64))
-    return total
+    return sum(
+        float(part.sum(dtype=torch.float64 if isinstance(part, Tensor) else np.float64))
+        for part in dots(one, other)
+    )
 
 
 def count_opposed(deltas: Sequence[Tensor], scratch: Callable[..., Tensor]) -> int:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +15,13 @@ from merging.arithmetic.chunks import (
     chunk_size,
     chunks,
     load,
+    load_deltas,
     store,
 )
+from merging.arithmetic.memory import empty
+from merging.arithmetic.products import dots, listed, rows
 
-DOT_BLOCK = 1 << 12  # elements: so few that torch sums them on one thread, always in one order
+DOT_ROW = 1 << 12  # elements: so few that no library sums them on several threads
 
 Gram = list[list[float]]
 
@@ -35,16 +40,16 @@ def weighted_sum(
     check_same_shape(tensors)
     device = device or tensors[0].device
     flat = [t.reshape(-1) for t in tensors]
-    out = torch.empty_like(flat[0], dtype=dtype or tensors[0].dtype)
-    size = chunk_size(out.numel(), device)
-    scratch = Scratch(size, device)
-    for chunk in chunks(out.numel(), size):
-        length = chunk.stop - chunk.start
-        total, term = (scratch(name, torch.float64, length) for name in ("total", "term"))
-        load(total, flat[0][chunk]).mul_(weights[0])
-        for tensor, weight in zip(flat[1:], weights[1:], strict=True):
-            total.add_(load(term, tensor[chunk]).mul_(weight))
-        store(out[chunk], total)
+    out = empty(len(flat[0]), dtype or tensors[0].dtype, tensors[0].device)
+    size = chunk_size(len(out), device)
+    with Scratch(size, device) as scratch:
+        for chunk in chunks(len(out), size):
+            length = chunk.stop - chunk.start
+            total, term = (scratch(name, torch.float64, length) for name in ("total", "term"))
+            load(total, flat[0][chunk]).mul_(weights[0])
+            for tensor, weight in zip(flat[1:], weights[1:], strict=True):
+                total.add_(load(term, tensor[chunk]).mul_(weight))
+            store(out[chunk], total)
     return out.view(tensors[0].shape)
 
 
@@ -120,31 +125,26 @@ def _dot_products(
     device: torch.device,
     select: Callable[[list[Tensor], Scratch], None] | None = None,
 ) -> dict[tuple[int, int], float]:
-    """Return products: those of entries and sums of blocks in `work`, the sum of those exact.
+    """Return products: those of rows in `work`, the sum of those exact.
 
-    Blocks are of one size, so that no sum depends on threads or chunks. The first of the tensors
+    Rows are of one length, so that no sum depends on threads or chunks. The first of the tensors
     may be the base of the others, which are then deltas.
     """
-    blocks = max(1, -(-chunk_size(flat[0].numel(), device) // DOT_BLOCK))
-    scratch = Scratch(blocks * DOT_BLOCK, device)
-    sums = {pair: [torch.zeros(1, dtype=work, device=device)] for pair in pairs}
-    for chunk in chunks(flat[0].numel(), scratch.size):
-        length = chunk.stop - chunk.start
-        parts = [scratch(i, work) for i in range(len(flat))]
-        for part, tensor in zip(parts, flat, strict=True):
-            load(part[:length], tensor[chunk])
-            part[length:].zero_()
-        if has_base:
-            origin, *parts = parts
-            for part in parts:
-                part.sub_(origin)
-        if select is not None:
-            select(parts, scratch)
-        product = scratch("product", work)
-        for (i, j), of_pair in sums.items():
-            torch.mul(parts[i], parts[j], out=product)
-            of_pair.append(product.view(blocks, DOT_BLOCK).sum(1))
-    return {pair: exact_sum(torch.cat(of_pair).tolist()) for pair, of_pair in sums.items()}
+    size = -(-chunk_size(flat[0].numel(), device) // DOT_ROW) * DOT_ROW
+    of_rows: dict[tuple[int, int], list[Any]] = {pair: [] for pair in pairs}
+    with Scratch(size, device) as scratch, np.errstate(all="ignore"):
+        for chunk in chunks(flat[0].numel(), size):
+            if has_base:
+                parts = load_deltas(flat, chunk, work, scratch)[1:]
+            else:
+                length = chunk.stop - chunk.start
+                parts = [load(scratch(i, work, length), t[chunk]) for i, t in enumerate(flat)]
+            if select is not None:
+                select(parts, scratch)
+            in_rows = [rows(part, DOT_ROW) for part in parts]
+            for (i, j), found in of_rows.items():
+                found += dots(in_rows[i], in_rows[j])
+    return {pair: exact_sum(listed(found)) for pair, found in of_rows.items()}
 
 
 def weighted_total(deltas: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:

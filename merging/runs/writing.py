@@ -20,6 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 
+from merging.arithmetic.memory import release
 from merging.models.structure import assemble
 from merging.models.weight_files import SAFETENSORS_DTYPES, read_folder
 from merging.plans.plan import Plan
@@ -123,6 +124,8 @@ def write_shard(
                 raise AssertionError(f"{name}: computed {tensor.dtype} {tuple(tensor.shape)}")
             stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
             bar.update(tensor.nbytes)
+            if planned.method is not None:  # else it may be a mapped file
+                release(tensor)
 
 
 def _write_index(file: Path, shards: Shards, plan: Plan) -> None:
