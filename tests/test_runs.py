@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,24 @@ def test_direct_files_hold_what_was_written(
         file.write(content[start : start + 1_000_003])
     file.close()
     assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("written", [1 << 22, (1 << 22) + 1, 9_999_999])
+def test_a_direct_file_that_cannot_be_written_is_named(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of bytes that are written while others are collected."""
+
+    def fail(descriptor: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    file = DirectFile(tmp_path / "file")
+    with pytest.raises(OSError, match="No space left on device.*file"):
+        with closing(file):
+            file.write(bytes(written))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file._descriptor)
 
 
 # -------------------------------------------------------------------- files

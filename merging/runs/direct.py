@@ -7,6 +7,7 @@ into memory that must be found first, which can take longer than all the arithme
 import errno
 import mmap
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +32,55 @@ class DirectFile:
             path.unlink(missing_ok=True)
             self._direct = 0
             self._descriptor = os.open(path, flags, 0o666)
-        self._memory = mmap.mmap(-1, BUFFER)  # which starts at a page
-        self._buffer = memoryview(self._memory)
-        self._bytes = np.frombuffer(self._memory, np.uint8)
+        # Buffers, which start at a page: one is filled while the other is written.
+        self._memory = [mmap.mmap(-1, BUFFER) for _ in range(2)]
         self._filled = 0
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
 
     def write(self, content: Any) -> None:
-        """Append the bytes of an object that has the buffer protocol."""
+        """Append the bytes of an object that has the buffer protocol.
+
+        An error in writing them may be raised by a later call, or by `close`.
+        """
         rest = np.frombuffer(content, np.uint8) if len(content) else np.empty(0, np.uint8)
         while len(rest):
             size = min(len(rest), BUFFER - self._filled)
+            buffer = np.frombuffer(self._memory[0], np.uint8)
             # By numpy, which lets other threads run meanwhile.
-            np.copyto(self._bytes[self._filled : self._filled + size], rest[:size])
+            np.copyto(buffer[self._filled : self._filled + size], rest[:size])
             self._filled += size
             rest = rest[size:]
             if self._filled == BUFFER:
-                self._flush(BUFFER)
+                self._wait()
+                self._written = self._writer.submit(self._flush, self._memory[0], 0, BUFFER)
+                self._memory.reverse()
                 self._filled = 0
 
     def close(self) -> None:
         """Write what is left and close the file."""
         try:
+            self._wait()
             whole = self._filled // ALIGNMENT * ALIGNMENT
-            self._flush(whole)
+            self._flush(self._memory[0], 0, whole)
             if whole < self._filled:
                 self._go_ordinary()
-                self._flush(self._filled, whole)
+                self._flush(self._memory[0], whole, self._filled)
         finally:
+            self._writer.shutdown()
             os.close(self._descriptor)
 
-    def _flush(self, end: int, start: int = 0) -> None:
+    def _wait(self) -> None:
+        """Wait until the other buffer is written; raise what prevented it."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _flush(self, buffer: mmap.mmap, start: int, end: int) -> None:
+        view = memoryview(buffer)
         while start < end:
             try:
-                start += os.write(self._descriptor, self._buffer[start:end])
+                start += os.write(self._descriptor, view[start:end])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise OSError(
