@@ -12,7 +12,7 @@ import pytest
 from helpers import Make, contents, fails, ties_command, visible
 
 import main
-from merging.runs import writing
+from merging.runs import reporting, writing
 
 PAGE_TAGS = {"script", "link", "iframe", "img", "object", "embed", "base", "form"}
 VOID = {"meta", "br", "use"}
@@ -253,6 +253,36 @@ def test_a_report_that_loses_its_place_is_a_warning(
     assert "warning: no report: " in capsys.readouterr().err
     assert "config.json" in contents(output)
     os.rmdir(report)
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_model(
+    inputs: list[str],
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another report is written all the same; where there is no model, it is an error."""
+    folder = output.parent.parent
+    lost, kept = folder / "lost.html", folder / "kept.json"
+
+    def content(report: object, file: Path) -> bytes:
+        if file == lost:
+            raise OSError(28, "No space left on device", str(file))
+        return b"{}"
+
+    monkeypatch.setattr(reporting, "content_of", content)
+    before = visible(folder)
+    arguments = ties_command(output, inputs, "--report", str(lost), "--report", str(kept))
+    assert "No space left" in fails(capsys, *arguments, "--dry-run")
+    assert visible(folder) == before
+    assert main.main(arguments) == 0
+    said = capsys.readouterr().err
+    assert f"warning: no report: {lost}: No space left on device" in said
+    assert "config.json" in contents(output)
+    assert kept.read_bytes() == b"{}"
+    assert {path.name for path in folder.iterdir()} >= {kept.name}
+    assert not [path for path in folder.iterdir() if lost.name in path.name]
+    kept.unlink()
 
 
 def test_every_key_of_the_json_is_explained(inputs: list[str], tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def make(
     shards = shards_of(plan, arguments.max_shard_size)
     _say_plan(plan, len(shards), arguments.verbose, quiet)
     progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
-    reporting = Reporting(recipe, plan, arguments.report)
-    with reporting.staged(lambda text: say(text, quiet), warn=say):
+    reporting = Reporting(recipe, plan, arguments.report, warn=say)
+    with reporting.staged(lambda text: say(text, quiet)):
         if arguments.dry_run:
             reporting.measure(device, arguments.threads, progress)
             return

@@ -92,11 +92,6 @@ def report_problems(
     return problems
 
 
-def hidden_report(file: Path) -> Path:
-    """Return where a report is written before it gets its name."""
-    return file.with_name(f".{file.name}.partial")
-
-
 def _report_problem(file: Path, overwrite: bool) -> str:
     """Say why a report cannot be written to a file; nothing if it can."""
     if file.suffix.lower() not in REPORT_MARKS:
@@ -105,7 +100,7 @@ def _report_problem(file: Path, overwrite: bool) -> str:
         return f"{file.parent} is no directory"
     if not os.access(file.parent, os.W_OK):
         return f"{file.parent} cannot be written to"
-    hidden = hidden_report(file)
+    hidden, _ = siblings(file)
     if (size := len(os.fsencode(hidden.name))) > 255:
         return f"the name is too long by {size - 255} bytes"
     if hidden.is_dir() and not hidden.is_symlink():

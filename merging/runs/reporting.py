@@ -12,11 +12,11 @@ from tqdm import tqdm
 from merging.plans.plan import Plan
 from merging.problems import explain
 from merging.recipes.recipe import Recipe
-from merging.runs.computing import Observer, available_processors, compute, computed
-from merging.runs.outputs import hidden_report
+from merging.runs.computing import available_processors, compute, computed
 from merging.runs.pictures import INSTALL, can_draw
 from merging.runs.report import Measurements, Report
 from merging.runs.report_page import card_picture, content_of
+from merging.runs.staging import siblings
 from merging.runs.thresholds import with_thresholds
 
 CARD_PICTURE = "merge.svg"
@@ -25,15 +25,16 @@ CARD_PICTURE = "merge.svg"
 class Reporting:
     """The reports of a plan; none if no files are named."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, files: Sequence[str]) -> None:
-        self._recipe, self._plan = recipe, plan
-        self._hidden = {Path(file): hidden_report(Path(file)) for file in files}
-        self._measurements = Measurements()
-        self.observe: Observer | None = self._measurements if files else None
+    def __init__(
+        self, recipe: Recipe, plan: Plan, files: Sequence[str], warn: Callable[[str], None]
+    ) -> None:
+        self._recipe, self._plan, self._warn = recipe, plan, warn
+        self._hidden = {Path(file): siblings(Path(file))[0] for file in files}
+        self.observe: Measurements | None = Measurements() if files else None
         self.picture = CARD_PICTURE if files and can_draw() else None  # of a model card
 
     @contextmanager
-    def staged(self, tell: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
+    def staged(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Give what was written its names when the `with` ends well; else remove it.
 
         What goes wrong at that very end is a warning.
@@ -46,7 +47,7 @@ class Reporting:
                 try:
                     os.replace(hidden, file)
                 except OSError as error:
-                    warn(f"warning: no report: {explain(error)}")
+                    self._warn(f"warning: no report: {explain(error)}")
                 else:
                     tell(f"report: {file}")
         finally:
@@ -56,7 +57,7 @@ class Reporting:
 
     def measure(self, device: torch.device, threads: int | None, show_progress: bool) -> None:
         """Compute the model only to report of it."""
-        if not self._hidden:
+        if self.observe is None:
             return
         threads = threads or available_processors()
         plan = with_thresholds(self._plan, device, threads, show_progress)
@@ -68,16 +69,30 @@ class Reporting:
             for tensor in tensors:
                 bar.update(tensor.nbytes)
         plan.check_sources()
-        self.write()
+        report = Report(self._recipe, self._plan, self.observe.found)
+        for file in self._hidden:
+            self._write(report, file)
 
-    def write(self, folder: Path | None = None) -> None:
-        """Write the reports beside their places, and the picture of a card into its folder."""
-        if not self._hidden:
+    def write(self, folder: Path | None) -> None:
+        """Write the reports beside their places, and the picture of a card into its folder.
+
+        The model stays if a report cannot be written: that is a warning.
+        """
+        if self.observe is None:
             return
-        report = Report(self._recipe, self._plan, self._measurements.found)
-        for file, hidden in self._hidden.items():
-            hidden.unlink(missing_ok=True)  # what a killed run left; a link must not be followed
-            with hidden.open("xb") as stream:
-                stream.write(content_of(report, file))
+        report = Report(self._recipe, self._plan, self.observe.found)
+        for file, hidden in list(self._hidden.items()):
+            try:
+                self._write(report, file)
+            except OSError as error:
+                self._warn(f"warning: no report: {explain(error)}")
+                hidden.unlink(missing_ok=True)
+                del self._hidden[file]
         if folder is not None and self.picture:
             (folder / self.picture).write_text(card_picture(report), encoding="utf-8")
+
+    def _write(self, report: Report, file: Path) -> None:
+        hidden = self._hidden[file]
+        hidden.unlink(missing_ok=True)  # what a killed run left; a link must not be followed
+        with hidden.open("xb") as stream:
+            stream.write(content_of(report, file))
