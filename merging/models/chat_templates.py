@@ -74,15 +74,16 @@ def choose_template(
     wish: str,
     everyone: Sequence[Checkpoint],
     owner: Checkpoint,
+    found: Mapping[Checkpoint, Template],
     tokens: Mapping[Checkpoint, Tokens | None],
     output: Tokens | None,
 ) -> Chat:
     """Choose a chat template for an output with the tokenizer of `owner`, the donor coming first.
 
-    `auto` takes the owner's, else the donor's, else that of the others in which those that have one
-    agree, if the output has its tokens. Raises Problems for what cannot be had.
+    `found` are the templates of those that have one. `auto` takes the owner's, else the donor's,
+    else that of the others, if they agree in it and the output has its tokens. Raises Problems for
+    what cannot be had.
     """
-    found = {model: template for model in everyone if (template := read_template(model))}
     if wish == "auto":
         return _automatic(everyone, owner, found, tokens, output)
     named = {model.name: model for model in reversed(everyone)}

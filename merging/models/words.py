@@ -7,7 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from merging.models.chat_templates import Chat, choose_template, read_template, template_files
+from merging.models.chat_templates import (
+    Chat,
+    Template,
+    choose_template,
+    read_template,
+    template_files,
+)
 from merging.models.checkpoints import Checkpoint, text_config
 from merging.models.folders import GENERATION_CONFIG, as_json, read_json
 from merging.models.structure import Structure
@@ -65,9 +71,10 @@ def settle_words(
     if recipe.chat_template not in ("auto", "donor") and output == Tokens({}):
         with collecting([]):  # all tokenizers are the same, and so were not read
             output = read_tokens(owner.tokenizer, trust)
-    chat = choose_template(recipe.chat_template, everyone, owner, texts, output)
+    templates = {model: found for model in everyone if (found := read_template(model))}
+    chat = choose_template(recipe.chat_template, everyone, owner, templates, texts, output)
     if recipe.embedding_source is None:  # a merge, whose command has options for it
-        notes += _token_lines(everyone, owner, texts, output, union is not None)
+        notes += _token_lines(owner, templates, texts, output, union is not None)
     ends, lines = _ends(chat, owner, texts, output)
     files, left_out = _files(union, chat, owner, ends)
     values = _ids(structure.config, owner) if owner is not donor else {}
@@ -99,13 +106,7 @@ def _owner(recipe: Recipe, everyone: Sequence[Checkpoint], sides: Set[str]) -> C
     """
     if recipe.tokenizer in (None, "base", "union"):
         return everyone[0]
-    names = [model.name for model in everyone]
-    if recipe.tokenizer not in names:
-        raise Problems(
-            f"--tokenizer {recipe.tokenizer}: expected base, union, or a model that is merged: "
-            f"{', '.join(names)}"
-        )
-    owner = everyone[names.index(recipe.tokenizer)]
+    owner = next(model for model in everyone if model.name == recipe.tokenizer)
     having = {m for m in everyone for side in {"", *sides} if has_tokenizer(m.tokenizer, side)}
     if having and owner not in having:
         raise Problems(f"--tokenizer {owner.name}: there is no tokenizer in {owner.tokenizer}")
@@ -175,20 +176,19 @@ def _union_lines(union: Union, donor: Checkpoint) -> list[str]:
 
 
 def _token_lines(
-    everyone: Sequence[Checkpoint],
     owner: Checkpoint,
+    templates: Mapping[Checkpoint, Template],
     texts: Mapping[Checkpoint, Tokens | None],
     output: Tokens | None,
     is_union: bool,
 ) -> list[str]:
     """Return warnings of tokens that are dropped, and of those that are of another kind."""
-    known = {model: found for model in everyone if (found := texts[model]) is not None}
+    known = {model: found for model, found in texts.items() if found is not None}
     if output is None:
         return []
     lines = []
     for model, found in known.items():
-        template = read_template(model)
-        text = template.whole if template else ""
+        text = templates[model].whole if model in templates else ""
         lines += lost_markers(model, found, output, text, is_union)
     return [*lines, *other_kinds(known, output, owner.name)]
 
