@@ -21,7 +21,12 @@ from merging.arithmetic.selection import (
     kth_largest,
     trim_threshold,
 )
-from merging.arithmetic.weights import check_one_each, check_range
+from merging.arithmetic.weights import (
+    are_probabilities,
+    check_densities,
+    check_one_each,
+    check_range,
+)
 
 
 @torch.no_grad()
@@ -51,7 +56,7 @@ def ties(
     Returns base + lambda merged. Raises ValueError if a density is outside (0, 1], or a weight is
     negative while normalising.
     """
-    check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
+    check_densities(densities)
     work = work_dtype([base, *tensors], dtype)
     if thresholds is None:
         limits = [
@@ -119,7 +124,7 @@ def _dropping(
     tensors: Sequence[Tensor], densities: Sequence[float], keys: Sequence[int], rescale: bool
 ) -> Sparsify:
     check_one_each(tensors, densities, keys)
-    check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
+    check_densities(densities)
 
     def drop(t: int, delta: Tensor, part: slice, scratch: Scratch) -> None:
         keep_at_random(delta, densities[t], keys[t], part, rescale, scratch)
@@ -190,7 +195,7 @@ def _pruning(
     check_one_each(tensors, densities, epsilons, keys)
     check_range(epsilons, "epsilons of at least 0", lambda epsilon: epsilon >= 0)
     for density, epsilon in zip(densities, epsilons, strict=True):
-        if not 0 < density - epsilon <= density + epsilon < 1:
+        if not are_probabilities(density, epsilon):
             raise ValueError(
                 f"della needs density - epsilon and density + epsilon in (0, 1), got a density of "
                 f"{density} and an epsilon of {epsilon}"
@@ -256,7 +261,7 @@ def _between(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Sparsify:
-    check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
+    check_densities(densities)
     check_range(gammas, "gammas in [0, 1)", lambda gamma: 0 <= gamma < 1)
     work, count = work_dtype([base, *tensors], dtype), base.numel()
     bounds = []

@@ -10,9 +10,7 @@ from merging.arithmetic.chunks import Scratch, add_to_base
 from merging.arithmetic.signs import disjoint_sum, elected_signs
 from merging.arithmetic.sums import weighted_total
 from merging.arithmetic.watching import show_kept
-from merging.arithmetic.weights import normalized
-
-LARGEST_WEIGHT = 1e30  # of elections: in float32, larger ones would overflow
+from merging.arithmetic.weights import LARGEST_WEIGHT, normalized
 
 # Makes zeros of what is not kept of the delta of model t, in place, given the place of the chunk.
 Sparsify = Callable[[int, Tensor, slice, Scratch], None]

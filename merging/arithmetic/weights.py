@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+LARGEST_WEIGHT = 1e30  # of elections: in float32, larger ones would overflow
+
 
 class Undefined(ValueError):
     """A method has no result for these tensors."""
@@ -14,6 +16,15 @@ def normalized(weights: Sequence[float]) -> list[float]:
     if not abs(total) > 1e-6 * sum(abs(w) for w in weights) or math.isinf(total):
         raise ValueError(f"weights {list(weights)} sum to {total:g} and cannot be normalised")
     return [w / total for w in weights]
+
+
+def are_probabilities(density: float, epsilon: float) -> bool:
+    """Whether density - epsilon and density + epsilon are in (0, 1), as della needs it."""
+    return 0 < density - epsilon <= density + epsilon < 1
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
 
 
 def check_range(values: Sequence[float], expected: str, allows: Callable[[float], bool]) -> None:

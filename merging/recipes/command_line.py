@@ -1,7 +1,6 @@
 """The recipe that the command line of main.py asks for, and what is wrong with it."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,15 @@ from merging.problems import collecting, refuse
 from merging.recipes.declarations import OPERAND, ORIGIN, Method, Parameter, users
 from merging.recipes.merge_options import DEFAULT_METHOD
 from merging.recipes.methods import METHODS
-from merging.recipes.numbers import Schedule
+from merging.recipes.numbers import Schedule, is_too_small
 from merging.recipes.recipe import Recipe, Slice, Source, Value
 from merging.recipes.recipe_files import read_recipe
 from merging.recipes.word_options import WORD_OPTIONS, without_words, word_wishes
 
 Given = Sequence[tuple[str, Any]]  # (option, value) in the order of the command line
+
+# The parameters that are no numbers, by the options of all methods.
+SETTINGS = {p.option: p for m in METHODS.values() for p in m.parameters if not p.is_number}
 
 
 def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
@@ -36,7 +38,7 @@ def recipe_from(arguments: argparse.Namespace, problems: list[str]) -> Recipe:
     of_models: dict[str, list[Schedule]] = {}
     for parameter in method.parameters:
         if not parameter.is_number:
-            asked = getattr(arguments, parameter.option[2:].replace("-", "_"))
+            asked = _asked(arguments, parameter.option)
             values[parameter.name] = parameter.default if asked is None else asked
             continue
         found = _read(parameter, given, method, problems)
@@ -120,22 +122,24 @@ def _pairing_problem(parameter: Parameter, given: Given, numbers: int) -> str | 
     return None
 
 
+def _asked(arguments: argparse.Namespace, option: str) -> Any:
+    """Return the value of an option that may be given once; None if it is not."""
+    return getattr(arguments, option[2:].replace("-", "_"))
+
+
 def _given(arguments: argparse.Namespace) -> list[str]:
     """Return the options that are given of those that say what to merge."""
+    once = ("--method", "--base-model", *WORD_OPTIONS, *SETTINGS)
     given = {option for option, _ in arguments.given}
-    others = {"--method", "--base-model", *WORD_OPTIONS}
-    others |= {p.option for m in METHODS.values() for p in m.parameters if not p.is_number}
-    asked = {option: getattr(arguments, option[2:].replace("-", "_"), None) for option in others}
-    return sorted(given.union(option for option, value in asked.items() if value is not None))
+    return sorted(given.union(o for o in once if _asked(arguments, o) is not None))
 
 
 def _unused(arguments: argparse.Namespace, method: Method) -> list[str]:
     """Return the options that are given and that the method does not use."""
     used = {parameter.option for parameter in method.parameters}
     given = {option for option, _ in arguments.given if option != "--merge"}
-    others = {p.option: p for m in METHODS.values() for p in m.parameters if not p.is_number}
-    for option, parameter in others.items():
-        asked = getattr(arguments, option[2:].replace("-", "_"))
+    for option, parameter in SETTINGS.items():
+        asked = _asked(arguments, option)
         if asked is not None and option not in used:
             given.add(f"--no-{option[2:]}" if parameter.is_switch and not asked else option)
     needing_base = [p.option for p in method.parameters if p.with_base and p.option in given]
@@ -172,8 +176,7 @@ def _model_problems(recipe: Recipe, merges: Sequence[str]) -> Iterator[str]:
 def value_problems(recipe: Recipe) -> list[str]:
     """Return which numbers are out of range, or do not go together whatever the tensor is."""
     problems = []
-    schedules = recipe.schedules()
-    for parameter, _, schedule in schedules:
+    for parameter, _, schedule in recipe.schedules():
         what = "a number" if parameter.name == parameter.option[2:] else parameter.name
         problems += [
             f"{parameter.option}: expected {what} in {parameter.range}, got {value:g}"
@@ -183,23 +186,13 @@ def value_problems(recipe: Recipe) -> list[str]:
         problems += [
             f"{parameter.option}: {value:g} is too small to compute with"
             for value in sorted(schedule.every_value())
-            if 0 < abs(value) < sys.float_info.min
+            if is_too_small(value)
         ]
-    for parameter in recipe.method.parameters:
-        varying = [p for p, _, schedule in schedules if schedule.varies]
-        fixed = parameter.same_for_all
-        if (
-            fixed in {p.name for p in varying}
-            and recipe.values[parameter.name] != parameter.default
-        ):
-            problems.append(
-                f"{parameter.option} {recipe.values[parameter.name]} needs one {fixed} for the "
-                "whole of a model, no list and no filters"
-            )
+    problems += [
+        f"{parameter.option} {recipe.values[parameter.name]} needs one {parameter.same_for_all} "
+        "for the whole of a model, no list and no filters"
+        for parameter in recipe.in_need_of_one_number()
+    ]
     if not problems and recipe.is_complete:
-        # The first and the last layer are there in any model; what lies between is seen to later.
-        words = {word for _, _, schedule in schedules for word, _ in schedule.filters}
-        tries = [(name, place) for name in ("", *words) for place in (0, 1)]
-        refusals = (recipe.refusal(recipe.arguments(recipe.slices[0], *each)) for each in tries)
-        problems += {*filter(None, refusals)}
+        problems += recipe.refusals(recipe.slices[0])
     return problems

@@ -5,6 +5,7 @@ in the middle. `self_attn:0,1` is so only for tensors with `self_attn` in their 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,11 @@ class Factors:
 
     def __str__(self) -> str:
         return str(self.factors)
+
+
+def is_too_small(number: float) -> bool:
+    """Whether a number has fewer digits than others, and its inverse none."""
+    return 0 < abs(number) < sys.float_info.min
 
 
 def _listed(values: Iterable[float]) -> str:

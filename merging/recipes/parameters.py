@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from merging.arithmetic.weights import normalized
+from merging.arithmetic.weights import LARGEST_WEIGHT, are_probabilities, normalized
 from merging.recipes.declarations import Parameter
 
 # -------------------------------------------------------------------- what goes together
@@ -26,14 +26,14 @@ def negative_weights(arguments: Mapping[str, Any]) -> str | None:
     weights, normalize = arguments["weights"], arguments["normalize"]
     if normalize and min(weights) < 0:
         return f"negative weights {weights} cannot be normalised; they need {NOT_NORMALIZED}"
-    if not normalize and max(map(abs, weights)) > 1e30:
-        return f"weights {weights} are too large, expected at most 1e30"
+    if not normalize and max(map(abs, weights)) > LARGEST_WEIGHT:
+        return f"weights {weights} are too large, expected at most {LARGEST_WEIGHT:g}"
     return None
 
 
 def probabilities(arguments: Mapping[str, Any]) -> str | None:
     for density, epsilon in zip(arguments["densities"], arguments["epsilons"], strict=True):
-        if not 0 < density - epsilon <= density + epsilon < 1:
+        if not are_probabilities(density, epsilon):
             return (
                 f"a density of {density:g} and an epsilon of {epsilon:g}: expected density - "
                 "epsilon and density + epsilon in (0, 1); use a smaller epsilon"

@@ -139,6 +139,27 @@ class Recipe:
         """Say why the method cannot take these arguments; None if it can."""
         return next(filter(None, (check(arguments) for check in self.method.checks)), None)
 
+    def refusals(self, part: Slice) -> list[str]:
+        """Say why the method cannot take a slice's numbers, in its first layer or in its last.
+
+        Those are there in any model; what lies between is seen to when that is known.
+        """
+        words = {word for _, _, s in self.schedules(part) for word, _ in s.filters}
+        given = [self.arguments(part, name, place) for name in ("", *words) for place in (0, 1)]
+        found = {self.refusal(each) for each in given if not self.missing(part, each)}
+        return sorted(filter(None, found))
+
+    def in_need_of_one_number(self) -> list[Parameter]:
+        """Return the parameters whose value needs one number for whole models, and lacks it."""
+        varying = {p.name for p, _, schedule in self.schedules() if schedule.varies}
+        return [
+            parameter
+            for parameter in self.method.parameters
+            if parameter.same_for_all
+            and self.values.get(parameter.name) != parameter.default
+            and (parameter.same_for_all in varying or self.is_stack)
+        ]
+
     def schedules(self, part: Slice | None = None) -> list[tuple[Parameter, str | None, Schedule]]:
         """Return the numbers of each model, and those of all models, whose model is None.
 

@@ -20,7 +20,6 @@ from merging.recipes.recipe import Recipe, Slice, Source
 from merging.recipes.recipe_sources import (
     MISPLACED,
     is_anything,
-    is_list,
     read_model,
     read_models,
     read_slices,
@@ -33,6 +32,7 @@ from merging.recipes.yaml_files import (
     Document,
     Fields,
     is_count,
+    is_list,
     is_name,
     kind,
     parse_yaml,
@@ -251,17 +251,10 @@ def _check_words(document: Document, top: Fields, recipe: Recipe) -> None:
 def _check_together(reader: Reader, recipe: Recipe) -> None:
     """Find numbers that do not go together, for the first or the last layer of a slice."""
     for number, part in enumerate(recipe.slices):
-        words = {w for _, _, schedule in recipe.schedules(part) for w, _ in schedule.filters}
-        tries = [(name, place) for name in ("", *words) for place in (0, 1)]
-        given = [recipe.arguments(part, *each) for each in tries]
-        refusals = {recipe.refusal(each) for each in given if not recipe.missing(part, each)}
-        path = f"slices[{number}]" if recipe.is_stack else "models"
-        for refusal in filter(None, refusals):
-            reader.document.wrong(path, refusal)
-    varying = {p.name for p, _, schedule in recipe.schedules() if schedule.varies}
-    for parameter in recipe.method.parameters:
-        value, fixed = recipe.values.get(parameter.name), parameter.same_for_all
-        if fixed and value != parameter.default and (fixed in varying or recipe.is_stack):
-            needed = f"{value} needs whole models, and one {fixed} for the whole of each"
-            reader.document.wrong(f"parameters.{parameter.name}", needed)
+        for refusal in recipe.refusals(part):
+            reader.document.wrong(f"slices[{number}]" if recipe.is_stack else "models", refusal)
+    for parameter in recipe.in_need_of_one_number():
+        value, fixed = recipe.values[parameter.name], parameter.same_for_all
+        needed = f"{value} needs whole models, and one {fixed} for the whole of each"
+        reader.document.wrong(f"parameters.{parameter.name}", needed)
     refuse(reader.document.problems)

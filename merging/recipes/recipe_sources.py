@@ -11,10 +11,17 @@ from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import Schedule
 from merging.recipes.recipe import Slice, Source
 from merging.recipes.recipe_values import PARAMETERS, Reader, Values, read_values, resolved
-from merging.recipes.yaml_files import Document, Fields, is_count, is_name, kind
+from merging.recipes.yaml_files import (
+    A_MODEL,
+    Document,
+    Fields,
+    is_count,
+    is_list,
+    is_name,
+    kind,
+)
 
 RANGE = re.compile(r"\s*\[?\s*([0-9]+)\s*,\s*([0-9]+)\s*\]?\s*")
-A_MODEL = "the name of a model"
 MISPLACED = {name: "write it under `parameters`" for name in PARAMETERS}
 REFUSED_OF_A_SOURCE = {**MISPLACED, "revision": "write it behind the model's name: NAME@REVISION"}
 REFUSED_OF_A_MODEL = {
@@ -40,10 +47,6 @@ class Listed:
 
 def is_anything(value: Any) -> bool:
     return True
-
-
-def is_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value)
 
 
 # -------------------------------------------------------------------- reading

@@ -1,13 +1,12 @@
 """The parameters of a recipe: numbers, gradients and filters, as mergekit reads them."""
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from merging.recipes.declarations import DONOR, Method, Parameter
 from merging.recipes.methods import METHODS, PASSTHROUGH
-from merging.recipes.numbers import Schedule
+from merging.recipes.numbers import Schedule, is_too_small
 from merging.recipes.yaml_files import Document, Fields, is_number, kind
 
 Values = Mapping[str, Any]  # of parameters, by name
@@ -186,7 +185,7 @@ def _numbers(document: Document, value: Any, path: str, parameter: Parameter) ->
         if not parameter.allows(number):
             found = f"expected {parameter.name} in {parameter.range}, found {number:g}"
             document.wrong(path, found)
-        elif 0 < abs(number) < sys.float_info.min:
+        elif is_too_small(number):
             document.wrong(path, f"{number:g} is too small to compute with")
     return tuple(float(number) for number in numbers)
 

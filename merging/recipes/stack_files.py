@@ -10,9 +10,11 @@ from merging.recipes.model_names import split_adapter
 from merging.recipes.numbers import Factors
 from merging.recipes.recipe import Recipe, Slice, Source
 from merging.recipes.yaml_files import (
+    A_MODEL,
     Document,
     Fields,
     is_count,
+    is_list,
     is_name,
     is_number,
     kind,
@@ -20,14 +22,13 @@ from merging.recipes.yaml_files import (
 )
 
 SOURCES = ("embedding_source", "lm_head_source")
-A_MODEL = "the name of a model"
 
 
 def read_stack(path: Path) -> Recipe:
     """Read and check the file of a stack; Problems list all that is wrong, with its key's path."""
     document = read_yaml(path)
     top = Fields(document, document.content, "", ("layer_slices", *SOURCES))
-    entries = top.take("layer_slices", _is_list, "a list of at least one slice")
+    entries = top.take("layer_slices", is_list, "a list of at least one slice")
     slices = [
         _read_slice(document, entry, f"layer_slices[{i}]") for i, entry in enumerate(entries or ())
     ]
@@ -78,7 +79,3 @@ def _read_slice(document: Document, entry: Any, path: str) -> Slice:
                 )
     source = Source(model, layers=range(start or 0, end or 0), where=document.at(path))
     return Slice((source,), {"scale": Factors(scale)})
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value)

@@ -16,6 +16,7 @@ from merging.recipes.user_files import read_text
 
 LARGEST = 1_000_000  # bytes of a file that people write
 DEEPEST = 20  # values within values
+A_MODEL = "the name of a model"  # what is expected where one is missing
 DIGITS = r"[0-9]+\.[0-9]*|\.[0-9]+"
 
 
@@ -176,6 +177,10 @@ class Fields:
             self._document.wrong(self.at(key), f"expected {expected}, found {kind(value)}")
             return None if default is ... else default
         return value
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
 
 
 def is_name(value: Any) -> bool:
