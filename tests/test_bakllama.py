@@ -8,6 +8,7 @@ import transformers as tf
 from helpers import Make, contents, loads_clean, rewrite, stack_file, stored
 
 import bakllama
+from merging.arithmetic import memory
 
 LONGEST = "max_position_embeddings"
 
@@ -51,6 +52,25 @@ layer_slices:
     for part, tensor in layer(stored(a), 2).items():
         factor = factors.get(part.rpartition(".")[0], 1.0)
         assert torch.equal(layer(stored(output), 0)[part], (tensor.double() * factor).bfloat16())
+
+
+def test_results_do_not_take_the_memory_of_copied_tensors(
+    make: Make, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is a mapped file, which is read again for a layer that is used twice."""
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    a = make("llama", 0)
+    before = contents(a)
+    slices = (f"{{model: {a}, start: 0, end: 4, scale: {s}}}" for s in ("1.0", "{mlp: 0.5}", "1.0"))
+    config = stack_file(tmp_path, f"layer_slices: [{', '.join(slices)}]")
+    assert bakllama.main([config, str(output), "--threads", "1"]) == 0
+    made, source = stored(output), stored(a)
+    for number in range(12):
+        for part, tensor in layer(source, number % 4).items():
+            factor = 0.5 if 4 <= number < 8 and part.startswith("mlp.") else 1.0
+            assert torch.equal(layer(made, number)[part], tensor * factor)
+    assert contents(a) == before
+    memory._unused.clear()
 
 
 def test_factors_of_nested_modules_multiply(make: Make, output: Path, tmp_path: Path) -> None:
