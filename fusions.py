@@ -213,7 +213,7 @@ def arcee_fusion(
     tensor = _the_only(tensors, "arcee_fusion")
     to, length = device or base.device, row_length(base)
     if base.numel() == 0:
-        return base.to(dtype or base.dtype)
+        return torch.empty_like(base, dtype=dtype or base.dtype)
     of_rows = divergences(base, tensor, to)
     entries = weighted_magnitudes(base, tensor, of_rows, to)
     quarter, median, three = (quantile(entries, share) for share in (0.25, 0.5, 0.75))

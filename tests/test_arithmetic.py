@@ -248,7 +248,16 @@ def test_little_unused_memory_is_kept(
         memory.release(torch.empty(nbytes, dtype=torch.uint8))
     assert [block.nbytes for block in reused] == [500, 300, 200]
     memory.release(torch.empty(300, dtype=torch.uint8, device="meta"))
+    memory.release(torch.empty(300, dtype=torch.uint8)[:0])
     assert len(reused) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_without_entries_are_no_views_of_inputs(method: str) -> None:
+    wide = randoms(3, (40, 60), torch.float32)
+    result = METHODS[method]([t[:, :0] for t in wide])
+    assert result.shape == (40, 0)
+    assert result.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

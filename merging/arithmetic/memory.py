@@ -27,9 +27,13 @@ def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def release(tensor: Tensor) -> None:
-    """Let the memory of a tensor be used again. Nobody may use it any more, by any name."""
+    """Let the memory of a tensor be used again. Nobody may use it any more, by any name.
+
+    Tensors without entries are left alone: they may be views of anything.
+    """
     storage = tensor.untyped_storage()
-    if tensor.device.type != "cpu" or not SMALLEST <= storage.nbytes() <= KEPT:
+    has_room = tensor.numel() > 0 and SMALLEST <= storage.nbytes() <= KEPT
+    if tensor.device.type != "cpu" or not has_room:
         return
     block = torch.empty(0, dtype=torch.uint8).set_(storage)
     with _LOCK:
