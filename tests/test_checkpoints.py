@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import struct
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import Make, fails, linear, loads_clean, make_other, rewrite, stored
+from safetensors.torch import save_file
 
 import bakllama
+from merging.models.weight_files import read_file
 
 
 def test_bin_checkpoints_merge_like_safetensors(make: Make, tmp_path: Path) -> None:
@@ -35,6 +39,52 @@ def test_bin_checkpoints_merge_like_safetensors(make: Make, tmp_path: Path) -> N
         assert linear(out, folder, b) == 0
         assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(out).items())
         assert not list(out.glob("*.bin"))
+
+
+@pytest.mark.parametrize("spaces", range(9))
+def test_tensors_are_read_wherever_they_begin(spaces: int, tmp_path: Path) -> None:
+    """Headers of any length put them at any address; some are larger than a page."""
+    tensors = {
+        "wide": torch.arange(9.0, dtype=torch.float64),
+        "none": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "a": torch.arange(3 * 4099).reshape(3, 4099).to(torch.float16),
+        "mask": torch.tensor([True, False, True]),
+        "é": torch.arange(70_000, dtype=torch.int32),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    content = file.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    longer = content[8 : 8 + size] + b" " * spaces
+    file.write_bytes(struct.pack("<Q", len(longer)) + longer + content[8 + size :])
+    found = {name: tensor.read() for name, tensor in read_file("a", file).items()}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    found["a"].zero_()
+    assert torch.equal(read_file("a", file)["a"].read(), tensors["a"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what is mapped")
+def test_a_file_is_mapped_only_while_its_tensors_are_used(tmp_path: Path) -> None:
+    """Else all inputs of a merge count as its memory."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(5000.0), "b": torch.ones(5000)}, file)
+    tensors = read_file("a", file)
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(file))
+
+    assert mapped() == 0
+    a, part_of_b = tensors["a"].read(), tensors["b"].read()[10:20]
+    assert mapped() == 2
+    del a
+    assert mapped() == 1
+    assert part_of_b.sum() == 10
+    del part_of_b
+    assert mapped() == 0
 
 
 def test_safetensors_win_over_bin(make: Make, tmp_path: Path, output: Path) -> None:

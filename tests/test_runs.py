@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, contents, linear, loads_clean, rewrite, stored
+from helpers import Make, contents, linear, loads_clean, rewrite, stack_file, stored
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import bakllama
 import main
 import merge_methods
-from merging.models.tensors import LazyTensor
+from merging.models.tensors import LazyTensor, WatchedFile
+from merging.models.weight_files import read_file
 from merging.plans.plan import Plan, PlannedTensor
 from merging.recipes.methods import LINEAR
 from merging.runs import computing, writing
@@ -78,6 +80,53 @@ def test_same_inputs_same_bytes(make: Make, tmp_path: Path) -> None:
     assert main.main([str(tmp_path / "two"), *arguments]) == 0
     assert len(contents(tmp_path / "one")) > 4
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_inputs_larger_than_memory_are_not_kept_there(
+    fits: bool, make: Make, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is used once more is; and others may have use for what fits."""
+    told: dict[str, list[int]] = {"WILLNEED": [], "DONTNEED": []}
+    model = make("llama", 1)
+    tensors = read_file("", model / "model.safetensors")
+    first, second, third = (
+        [tensor for name, tensor in tensors.items() if f".layers.{number}." in name]
+        for number in range(3)
+    )
+    around = [tensor for name, tensor in tensors.items() if ".layers." not in name]
+    once = [*around, *first, *third]
+    nbytes = sum(tensor.nbytes for tensor in [*once, *second])
+
+    def advise(file: WatchedFile, start: int, size: int, advice: str) -> None:
+        told[advice].append(start)
+
+    monkeypatch.setattr(WatchedFile, "advise", advise)
+    monkeypatch.setattr(computing, "available_memory", lambda: nbytes - (not fits))
+    text = "".join(
+        f"  - model: {model}\n    start: {start}\n    end: {start + 2}\n" for start in (0, 1)
+    )
+    assert bakllama.main([stack_file(tmp_path, f"layer_slices:\n{text}"), str(output)]) == 0
+    assert sorted(told["WILLNEED"]) == sorted(_starts([*once, *second, *second]))
+    once.remove(tensors["model.norm.weight"])  # the last one written, after which all ends
+    assert sorted(told["DONTNEED"]) == ([] if fits else sorted(_starts(once)))
+
+
+def _starts(tensors: list[LazyTensor]) -> list[int]:
+    return [tensor.start for tensor in tensors if tensor.start is not None]
+
+
+def test_memory_is_that_of_the_machine_or_of_the_control_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit, expected in {
+        "max\n": whole,
+        "5000000\n": 5_000_000,
+        f"{whole * 2}\n": whole,
+    }.items():
+        monkeypatch.setattr(computing, "_limit", {"memory.max": limit}.get)
+        assert computing.available_memory() == expected
 
 
 def test_shards_hold_the_same_tensors(make: Make, tmp_path: Path) -> None:

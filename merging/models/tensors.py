@@ -1,7 +1,9 @@
 """Tensors that are read when they are needed: as files store them, or made of some that they do."""
 
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +29,33 @@ class WatchedFile:
         if self._look() != self._state:
             raise Problems(f"{self.path}: changed while it was merged; merge it again")
 
+    def read(self, size: int) -> bytes:
+        """Return the next bytes of the file, as many as there are."""
+        return self._stream.read(size)
+
+    def mapped(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Return `count` entries from a byte on, mapped for as long as somebody holds the tensor.
+
+        Its memory may be written to; nothing of that reaches the file.
+        """
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        size = start - page + count * dtype.itemsize
+        number = self._stream.fileno()
+        content = mmap.mmap(number, size, offset=page, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(content, dtype=dtype, count=count, offset=start - page)
+
+    def advise(self, start: int, size: int, advice: str) -> None:
+        """Tell the system that bytes are needed soon, "WILLNEED", or not again, "DONTNEED".
+
+        It may do as it likes; where it knows neither, nothing happens.
+        """
+        if hasattr(os, "posix_fadvise"):
+            known = getattr(os, f"POSIX_FADV_{advice}")
+            with suppress(OSError):
+                os.posix_fadvise(self._stream.fileno(), start, size, known)
+
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._stream.fileno())
         return found.st_size, found.st_mtime_ns
@@ -42,6 +71,7 @@ class LazyTensor:
     read: Callable[[], Tensor] = field(repr=False)
     parts: tuple["LazyTensor", ...] = field(default=(), repr=False)  # what it is made of
     file: WatchedFile | None = field(default=None, repr=False)  # that stores it, if one does
+    start: int | None = field(default=None, repr=False)  # of its bytes there, if that is known
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,10 @@
 """Open weight files without reading their tensors: these are mapped into memory when used."""
 
+import json
+import math
+import struct
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -57,22 +59,32 @@ def read_file(model: str, file: Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
+    """Let safetensors say whether a file is whole, and map its tensors one by one."""
     with reading(file, "not a whole safetensors file"):
         check_readable(file)
         watched = WatchedFile(file)
-        opened: Any = safe_open(file, framework="pt")
-        views = {name: opened.get_slice(name) for name in opened.keys()}
+        with safe_open(file, framework="pt") as opened:
+            names = [*opened.keys()]
+        (size,) = struct.unpack("<Q", watched.read(8))
+        header = json.loads(watched.read(size).decode())
+        entries = [(name, header[name]) for name in names]
     tensors = {}
-    for name, view in views.items():
-        dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+    for name, entry in entries:
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise Problems(
-                f"{file}: {name} is stored as {view.get_dtype()}, which cannot be merged; "
+                f"{file}: {name} is stored as {entry['dtype']}, which cannot be merged; "
                 "dequantise the model first"
             )
-        shape, read = tuple(view.get_shape()), partial(opened.get_tensor, name)
-        tensors[name] = LazyTensor(f"{model}: {name}", shape, dtype, read, file=watched)
+        shape, start = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+        read = partial(_mapped, watched, start, shape, dtype)
+        label = f"{model}: {name}"
+        tensors[name] = LazyTensor(label, shape, dtype, read, file=watched, start=start)
     return tensors
+
+
+def _mapped(file: WatchedFile, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return file.mapped(start, math.prod(shape), dtype).view(shape)
 
 
 def _read_pickle(model: str, file: Path) -> dict[str, LazyTensor]:

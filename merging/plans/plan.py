@@ -70,6 +70,12 @@ class Plan:
                 source.check()
 
     @property
+    def uses(self) -> Counter[LazyTensor]:
+        """The stored tensors that are read, and how often."""
+        sources = (source for tensor in self.tensors.values() for source in tensor.sources)
+        return Counter(part for source in sources for part in source.stored())
+
+    @property
     def parameters(self) -> int:
         return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
@@ -103,14 +109,14 @@ def summary(plan: Plan, shards: int, libraries: int) -> str:
     tensors = plan.tensors.values()
     ways = Counter(tensor.how for tensor in tensors)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    read = {part: part.nbytes for t in tensors for source in t.sources for part in source.stored()}
+    read = sum(part.nbytes for part in plan.uses)
     largest = max((tensor.nbytes for tensor in tensors), default=0)
     lines = [
         f"donor: {plan.donor}, {type(plan.model).__name__}",
         f"tensors: {', '.join(f'{count} {way}' for way, count in ways.most_common())}",
         f"dtype: {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
         f"ignored: {some(plan.ignored) or 'none'}",
-        f"reads {gigabytes(sum(read.values()))}, writes {gigabytes(plan.nbytes)} in "
+        f"reads {gigabytes(read)}, writes {gigabytes(plan.nbytes)} in "
         f"{shards} shard{'s' * (shards != 1)}, needs about "
         f"{gigabytes(2 * largest + libraries)} of memory besides mapped files",
         *plan.notes,

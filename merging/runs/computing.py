@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import merge_methods
 from merging.arithmetic.likeness import Measuring
 from merging.arithmetic.watching import watching
+from merging.models.tensors import LazyTensor
 from merging.plans.plan import Plan, PlannedTensor
 from merging.problems import Problems
 from merging.runs.rows_apart import with_own_rows
@@ -140,12 +141,24 @@ def _blame(name: str, planned: PlannedTensor, tensors: Sequence[Tensor]) -> str:
 def available_processors() -> int:
     """Return how many processors this process may use, by affinity and control group."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    with suppress(OSError, ValueError):  # no such control group, or no limit
+        quota, period = _limit("cpu.max").split()
         count = min(count or 1, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such control group, or no limit
-        pass
     return count or 1
+
+
+def available_memory() -> float:
+    """Return how many bytes this process may use, by the machine and its control group."""
+    size = math.inf
+    with suppress(AttributeError, OSError, ValueError):  # not known on this system
+        size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    with suppress(OSError, ValueError):
+        size = min(size, int(_limit("memory.max")))
+    return size
+
+
+def _limit(name: str) -> str:
+    return Path("/sys/fs/cgroup", name).read_text()
 
 
 def choose_device(cuda: bool) -> torch.device:
@@ -192,28 +205,42 @@ def _in_order(
     """Yield what is computed by a pool.
 
     No more than `limit` bytes of results, or one tensor, wait to be taken; the sources of those
-    under way are read from the disk meanwhile.
+    under way are read from the disk meanwhile. If memory cannot hold all that is read, the system
+    need not keep what was used for the last time: new pages would cost more than the old.
     """
+    uses = plan.uses
+    is_too_large = sum(part.nbytes for part in uses) > available_memory()
     waiting = deque(names)
-    pending: deque[tuple[int, Future[Result]]] = deque()
+    pending: deque[tuple[str, Future[Result]]] = deque()
     held = 0
     while waiting or pending:
         while waiting and (not pending or held + plan.tensors[waiting[0]].nbytes <= limit):
             name = waiting.popleft()
             planned = plan.tensors[name]
             held += planned.nbytes
-            for source in planned.sources:
-                source.check()
-                for part in source.stored():
-                    _read_ahead(part.read())
-            pending.append((planned.nbytes, pool.submit(task, name, planned)))
-        size, future = pending.popleft()
+            for part in _stored(planned):
+                part.check()
+                _read_ahead(part)
+            pending.append((name, pool.submit(task, name, planned)))
+        name, future = pending.popleft()
         yield future.result()
-        held -= size
+        held -= plan.tensors[name].nbytes
+        for part in _stored(plan.tensors[name]) if is_too_large else ():
+            if part.file is not None and part.start is not None and uses[part] == 1:
+                part.file.advise(part.start, part.nbytes, "DONTNEED")
 
 
-def _read_ahead(tensor: Tensor) -> None:
-    """Ask the system to start reading a mapped tensor's pages, where it knows how."""
+def _stored(planned: PlannedTensor) -> Iterator[LazyTensor]:
+    for source in planned.sources:
+        yield from source.stored()
+
+
+def _read_ahead(part: LazyTensor) -> None:
+    """Ask the system to start reading a stored tensor, where it knows how."""
+    if part.file is not None and part.start is not None:
+        part.file.advise(part.start, part.nbytes, "WILLNEED")
+        return
+    tensor = part.read()
     if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start)

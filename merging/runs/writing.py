@@ -126,6 +126,7 @@ def write_shard(
             bar.update(tensor.nbytes)
             if planned.method is not None:  # else it may be a mapped file
                 release(tensor)
+            del tensor  # a mapped file is let go before the next is asked for
 
 
 def _write_index(file: Path, shards: Shards, plan: Plan) -> None:
