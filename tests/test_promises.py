@@ -18,7 +18,7 @@ import torch
 from helpers import contents, loads_clean, ties_command, visible
 
 import main
-from merging.runs import writing
+from merging.runs import shards, writing
 from merging.runs.direct import DirectFile
 
 if sys.platform == "win32":
@@ -42,9 +42,9 @@ def call(arguments: list[str], limit: int | None = None) -> None:
 
 
 MOMENTS = [  # where to stop: the function of a module, and after how many calls of it
-    (writing, "compute", 0),
-    (writing, "compute", 40),
-    (writing, "compute", 80),
+    (shards, "compute", 0),
+    (shards, "compute", 40),
+    (shards, "compute", 80),
     (DirectFile, "write", 0),
     (DirectFile, "write", 99),
     (DirectFile, "close", 1),

@@ -21,7 +21,7 @@ from merging.models.tensors import LazyTensor, WatchedFile
 from merging.models.weight_files import read_file
 from merging.plans.plan import Plan, PlannedTensor
 from merging.recipes.methods import LINEAR
-from merging.runs import computing, writing
+from merging.runs import computing, shards, writing
 from merging.runs.direct import DirectFile
 
 # -------------------------------------------------------------------- bytes
@@ -49,11 +49,10 @@ def test_the_writer_agrees_with_safetensors_on_odd_tensors(tmp_path: Path) -> No
         "d": torch.arange(9, dtype=torch.uint8),
     }
     planned = {n: PlannedTensor((), tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    plan = Plan("", planned, None, None)  # type: ignore[arg-type]
-    (order,) = writing.shards_of(plan, "5GB").values()
+    (order,) = shards.shards_of(planned, "5GB").values()
     with tqdm(disable=True) as bar:
         values = iter([tensors[name] for name in order])
-        writing.write_shard(tmp_path / "ours", order, plan, values, bar)
+        shards.write_shard(tmp_path / "ours", order, planned, values, bar)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

@@ -3,15 +3,18 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from merging.models.tensors import FLOAT_DTYPES, LazyTensor, OwnRows
-from merging.models.words import Words
 from merging.problems import some
 from merging.recipes.declarations import Method
+
+if TYPE_CHECKING:  # what computes a plan can do without transformers, which takes long to load
+    from transformers import PreTrainedModel
+
+    from merging.models.words import Words
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Plan:
 
     donor: str
     tensors: Mapping[str, PlannedTensor]
-    model: PreTrainedModel  # of the output's class and config, without values
-    words: Words  # whose tokenizer and chat template it gets
+    model: "PreTrainedModel"  # of the output's class and config, without values
+    words: "Words"  # whose tokenizer and chat template it gets
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of it
     trims_models: bool = False  # as a whole, by thresholds that are found before merging
@@ -70,18 +73,18 @@ class Plan:
                 source.check()
 
     @property
-    def uses(self) -> Counter[LazyTensor]:
-        """The stored tensors that are read, and how often."""
-        sources = (source for tensor in self.tensors.values() for source in tensor.sources)
-        return Counter(part for source in sources for part in source.stored())
-
-    @property
     def parameters(self) -> int:
         return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def uses(tensors: Mapping[str, PlannedTensor]) -> Counter[LazyTensor]:
+    """Return the stored tensors that are read for planned ones, and how often."""
+    sources = (source for tensor in tensors.values() for source in tensor.sources)
+    return Counter(part for source in sources for part in source.stored())
 
 
 def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
@@ -109,7 +112,7 @@ def summary(plan: Plan, shards: int, libraries: int) -> str:
     tensors = plan.tensors.values()
     ways = Counter(tensor.how for tensor in tensors)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    read = sum(part.nbytes for part in plan.uses)
+    read = sum(part.nbytes for part in uses(plan.tensors))
     largest = max((tensor.nbytes for tensor in tensors), default=0)
     lines = [
         f"donor: {plan.donor}, {type(plan.model).__name__}",

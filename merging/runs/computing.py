@@ -6,7 +6,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ import merge_methods
 from merging.arithmetic.likeness import Measuring
 from merging.arithmetic.watching import watching
 from merging.models.tensors import LazyTensor
-from merging.plans.plan import Plan, PlannedTensor
+from merging.plans.plan import PlannedTensor, uses
 from merging.problems import Problems
 from merging.runs.rows_apart import with_own_rows
 
@@ -174,7 +174,7 @@ def choose_device(cuda: bool) -> torch.device:
 
 @contextmanager
 def computed(
-    plan: Plan,
+    plan: Mapping[str, PlannedTensor],
     names: Iterable[str],
     task: Callable[[str, PlannedTensor], Result],
     device: torch.device,
@@ -196,7 +196,7 @@ def computed(
 
 
 def _in_order(
-    plan: Plan,
+    plan: Mapping[str, PlannedTensor],
     names: Iterable[str],
     task: Callable[[str, PlannedTensor], Result],
     pool: ThreadPoolExecutor,
@@ -208,15 +208,15 @@ def _in_order(
     under way are read from the disk meanwhile. If memory cannot hold all that is read, the system
     need not keep what was used for the last time: new pages would cost more than the old.
     """
-    uses = plan.uses
-    is_too_large = sum(part.nbytes for part in uses) > available_memory()
+    used = uses(plan)
+    is_too_large = sum(part.nbytes for part in used) > available_memory()
     waiting = deque(names)
     pending: deque[tuple[str, Future[Result]]] = deque()
     held = 0
     while waiting or pending:
-        while waiting and (not pending or held + plan.tensors[waiting[0]].nbytes <= limit):
+        while waiting and (not pending or held + plan[waiting[0]].nbytes <= limit):
             name = waiting.popleft()
-            planned = plan.tensors[name]
+            planned = plan[name]
             held += planned.nbytes
             for part in _stored(planned):
                 part.check()
@@ -224,9 +224,9 @@ def _in_order(
             pending.append((name, pool.submit(task, name, planned)))
         name, future = pending.popleft()
         yield future.result()
-        held -= plan.tensors[name].nbytes
-        for part in _stored(plan.tensors[name]) if is_too_large else ():
-            if part.file is not None and part.start is not None and uses[part] == 1:
+        held -= plan[name].nbytes
+        for part in _stored(plan[name]) if is_too_large else ():
+            if part.file is not None and part.start is not None and used[part] == 1:
                 part.file.advise(part.start, part.nbytes, "DONTNEED")
 
 

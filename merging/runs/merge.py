@@ -60,14 +60,15 @@ def make(
     # These load torch and transformers, which takes seconds; what is above does not wait for it.
     from merging.runs.cards import model_card
     from merging.runs.reporting import Reporting
-    from merging.runs.writing import save, shards_of
+    from merging.runs.shards import shards_of
+    from merging.runs.writing import save
 
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(models[0].folder, plan.words, arguments)
     _say_left_out(models[0].folder, plan.words, arguments.quiet)
     output = Path(arguments.output)
     refuse(problems or space_problems(output, plan.nbytes + sum(map(_size, files.values()))))
-    shards = shards_of(plan, arguments.max_shard_size)
+    shards = shards_of(plan.tensors, arguments.max_shard_size)
     _say_plan(plan, len(shards), arguments.verbose, quiet)
     progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
     reporting = Reporting(recipe, plan, arguments.report, warn=say)

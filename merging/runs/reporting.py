@@ -63,7 +63,7 @@ class Reporting:
         plan = with_thresholds(self._plan, device, threads, show_progress)
         task = partial(compute, device=device, observe=self.observe)
         with (
-            computed(plan, plan.tensors, task, device, threads) as tensors,
+            computed(plan.tensors, plan.tensors, task, device, threads) as tensors,
             tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
         ):
             for tensor in tensors:

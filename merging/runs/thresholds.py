@@ -38,7 +38,7 @@ def with_thresholds(plan: Plan, device: torch.device, threads: int, show_progres
         label = f"finding thresholds, pass {2 - shift // 16} of 2"
         counter = _Counter(prefixes, shift, device)
         with (
-            computed(plan, list(merged), counter, device, threads) as done,
+            computed(merged, merged, counter, device, threads) as done,
             tqdm(total=len(merged), desc=label, disable=not show_progress) as bar,
         ):
             for _ in done:
