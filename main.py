@@ -21,7 +21,8 @@ def work(argv: Sequence[str] | None) -> None:
     problems: list[str] = []
     recipe = recipe_from(arguments, problems)
     files = [] if arguments.recipe is None else [Path(arguments.recipe)]
-    make(recipe, arguments, {"sh": command("main.py", argv)}, problems, files)
+    made_by = {"sh": command("main.py", argv)}
+    make(recipe, arguments, made_by, problems, files, by_itself=argv is None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

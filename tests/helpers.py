@@ -1,7 +1,9 @@
 """Readers, runs and makers that tests share; readers do not go through the code under test."""
 
+import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,13 @@ def visible(folder: Path) -> list[str]:
 
 
 # -------------------------------------------------------------------- running
+
+# Each with the libraries loaded already.
+PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+PROCESSES.set_forkserver_preload(
+    "main merging.plans.planner merging.runs.cards merging.runs.writing "
+    "transformers.models.mixtral.modeling_mixtral transformers.conversion_mapping".split()
+)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

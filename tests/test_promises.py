@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import multiprocessing
 import os
 import resource
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import contents, loads_clean, ties_command, visible
+from helpers import PROCESSES, contents, loads_clean, ties_command, visible
 
 import main
 from merging.runs import shards, writing
@@ -23,13 +22,6 @@ from merging.runs.direct import DirectFile
 
 if sys.platform == "win32":
     pytest.skip("needs POSIX signals and limits", allow_module_level=True)
-
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    "main merging.plans.planner merging.runs.cards merging.runs.writing "
-    "transformers.models.mixtral.modeling_mixtral transformers.conversion_mapping".split()
-)
 
 
 def call(arguments: list[str], limit: int | None = None) -> None:

@@ -19,14 +19,16 @@ MISSING = -1
 class WatchedFile:
     """A file that is mapped while a run lives: nobody may change it meanwhile."""
 
+    state: tuple[str, int, int]  # its path, its size in bytes, when it was last changed
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stream = open(path, "rb")  # the file itself, whatever gets its name later
-        self._state = self._look()
+        self.state = (str(path), *self._look())
 
     def check(self) -> None:
         """Raise Problems if it has changed since it was opened: its pages may be gone."""
-        if self._look() != self._state:
+        if self._look() != self.state[1:]:
             raise Problems(f"{self.path}: changed while it was merged; merge it again")
 
     def read(self, size: int) -> bytes:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merging.models.tensors import FLOAT_DTYPES, LazyTensor, OwnRows
+from merging.models.tensors import LazyTensor, OwnRows
 from merging.problems import some
 from merging.recipes.declarations import Method
+from merging.recipes.methods import PASSTHROUGH
+from merging.recipes.recipe import Recipe
 
 if TYPE_CHECKING:  # what computes a plan can do without transformers, which takes long to load
     from transformers import PreTrainedModel
@@ -87,8 +89,27 @@ def uses(tensors: Mapping[str, PlannedTensor]) -> Counter[LazyTensor]:
     return Counter(part for source in sources for part in source.stored())
 
 
-def output_dtype(stored: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
-    return requested if requested and stored in FLOAT_DTYPES else stored
+def planned(
+    recipe: Recipe,
+    sources: tuple[LazyTensor, ...],
+    given: LazyTensor,
+    arguments: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    own_rows: tuple[OwnRows, ...] = (),
+    models: tuple[str, ...] = (),
+) -> PlannedTensor:
+    """Plan a tensor by a recipe's method, or as a copy: integers, and what has nothing done to it.
+
+    It is of the shape of the `given` tensor and, if a `dtype` is asked for, of that if it is of
+    floating-point numbers.
+    """
+    target = dtype if dtype is not None and given.is_floating else given.dtype
+    is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
+    if is_copy or not given.is_floating:
+        return PlannedTensor(sources, given.shape, target, own_rows=own_rows, models=models)
+    return PlannedTensor(
+        sources, given.shape, target, recipe.method, arguments, recipe.takes_base, own_rows, models
+    )
 
 
 def lines(plan: Plan) -> str:

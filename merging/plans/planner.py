@@ -7,11 +7,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from merging.models.checkpoints import Checkpoint, changed_config, meaning_warnings, says_tied
 from merging.models.structure import Structure, assemble
-from merging.models.vocabulary_rows import Matched
 from merging.models.vocabulary_sizes import with_values
 from merging.models.words import Words, settle_words
 from merging.plans.layouts import Layout, chosen_layers, stacked_layers, whole_models
-from merging.plans.plan import Plan, PlannedTensor, output_dtype
+from merging.plans.plan import Plan, PlannedTensor, planned
 from merging.plans.same_layers import (
     compare_layers,
     forward_notes,
@@ -21,7 +20,6 @@ from merging.plans.same_layers import (
 )
 from merging.plans.stacked_config import stacked_config
 from merging.problems import refuse, some
-from merging.recipes.methods import PASSTHROUGH
 from merging.recipes.numbers import values_by_place
 from merging.recipes.recipe import Recipe
 
@@ -83,9 +81,9 @@ def _plan_tensors(
         arguments = recipe.arguments(role.part, name, role.place, role.names)
         lacking = recipe.missing(role.part, arguments)
         weights = None if lacking else arguments.get("weights")
-        matched = words.match(role.given, role.operands, weights)
+        given, sources, own = words.match(role.given, role.operands, weights)
         owners = tuple(model.name for model, _ in role.operands)
-        tensors[name] = _planned(recipe, matched, owners, arguments, dtype)
+        tensors[name] = planned(recipe, sources, given, arguments, dtype, own, owners)
         if lacking:
             missing.setdefault(lacking[0], []).append(name)
         elif refusal := recipe.refusal(arguments):
@@ -97,23 +95,6 @@ def _plan_tensors(
     if refusals:
         problems.append(f"in {len(refusals)} of {len(layout.roles)} tensors, {refusals[0]}")
     return tensors, problems
-
-
-def _planned(
-    recipe: Recipe,
-    matched: Matched,
-    models: tuple[str, ...],
-    arguments: Mapping[str, object],
-    dtype: torch.dtype | None,
-) -> PlannedTensor:
-    given, sources, own = matched
-    target = output_dtype(given.dtype, dtype)
-    is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
-    if is_copy or not given.is_floating:
-        return PlannedTensor(sources, given.shape, target, own_rows=own, models=models)
-    return PlannedTensor(
-        sources, given.shape, target, recipe.method, arguments, recipe.takes_base, own, models
-    )
 
 
 def _misfits(

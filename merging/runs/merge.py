@@ -20,7 +20,13 @@ from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table, with_dtype
 from merging.recipes.user_files import check_readable
 from merging.runs.console import peak_memory, say, say_path
-from merging.runs.outputs import output_problems, report_problems, space_problems
+from merging.runs.outputs import (
+    output_problems,
+    overwrite_problems,
+    report_problems,
+    space_problems,
+)
+from merging.runs.staging import staged
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
     from merging.models.checkpoints import Checkpoint
     from merging.models.words import Words
     from merging.plans.plan import Plan
+    from merging.runs.head_start import HeadStart
+    from merging.runs.shards import Shards
 
 LIBRARIES = 600_000_000  # bytes of memory that torch and transformers take, generously
 # Config values in which all models must agree, as they shape the tensors; of a stack, the first.
@@ -42,11 +50,13 @@ def make(
     made_by: Mapping[str, str],
     problems: list[str],
     other_inputs: Sequence[Path] = (),
+    by_itself: bool = False,
 ) -> None:
     """Make a recipe's model with the options of both scripts.
 
     `made_by` is the command, and the text of the file that it reads, if any, by language.
     `problems` are those found so far; Problems is raised with all that can be known beforehand.
+    `by_itself` says that nothing else runs in this process, so that it may fork.
     """
     started = time.monotonic()
     recipe = with_dtype(recipe, arguments.dtype)
@@ -57,12 +67,34 @@ def make(
     if not arguments.dry_run:
         read_ahead(pair.folder for pair in found.values())
 
-    # These load torch and transformers, which takes seconds; what is above does not wait for it.
+    # It loads torch, which takes its time; what is above does not wait for it.
+    from merging.runs.head_start import head_start
+
+    output = Path(arguments.output)
+    check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
+    folder = staged(output, overwrite=arguments.overwrite, tell=say, check=check)
+    with head_start(recipe, found, arguments, folder, by_itself and not problems) as start:
+        plan, shards = _made(recipe, found, arguments, made_by, problems, start)
+    if not arguments.dry_run:
+        _say_made(plan, len(shards), time.monotonic() - started, arguments)
+
+
+def _made(
+    recipe: Recipe,
+    found: Mapping[str, Found],
+    arguments: argparse.Namespace,
+    made_by: Mapping[str, str],
+    problems: list[str],
+    start: "HeadStart",
+) -> tuple["Plan", "Shards"]:
+    """Plan and check a recipe's model, and make it, unless that is all that is asked for."""
+    # These load transformers, which takes its time too: a head start makes use of it.
     from merging.runs.cards import model_card
     from merging.runs.reporting import Reporting
     from merging.runs.shards import shards_of
     from merging.runs.writing import save
 
+    quiet = arguments.quiet and not arguments.dry_run
     models, plan, device = _plan(recipe, found, arguments, problems)
     files = _files(models[0].folder, plan.words, arguments)
     _say_left_out(models[0].folder, plan.words, arguments.quiet)
@@ -75,11 +107,12 @@ def make(
     with reporting.staged(lambda text: say(text, quiet)):
         if arguments.dry_run:
             reporting.measure(device, arguments.threads, progress)
-            return
-        title = output.resolve().name
-        card = model_card(title, models, recipe, plan.notes, made_by, reporting.picture)
-        save(plan, shards, files, output, arguments, device, card, reporting, progress)
-    _say_made(plan, len(shards), time.monotonic() - started, arguments)
+        else:
+            card = model_card(
+                output.resolve().name, models, recipe, plan.notes, made_by, reporting.picture
+            )
+            save(plan, shards, files, arguments, device, card, reporting, start, progress)
+    return plan, shards
 
 
 def _say_plan(plan: "Plan", shards: int, verbose: bool, quiet: bool) -> None:

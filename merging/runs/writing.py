@@ -13,13 +13,11 @@ import torch
 from merging.models.structure import assemble
 from merging.models.weight_files import read_folder
 from merging.plans.plan import Plan
-from merging.problems import reading, refuse, some
+from merging.problems import reading, some
 from merging.runs.computing import available_processors
-from merging.runs.console import say
-from merging.runs.outputs import overwrite_problems
+from merging.runs.head_start import HeadStart
 from merging.runs.reporting import Reporting
 from merging.runs.shards import Shards, write_shards
-from merging.runs.staging import staged
 from merging.runs.thresholds import with_thresholds
 
 
@@ -27,26 +25,26 @@ def save(
     plan: Plan,
     shards: Shards,
     files: Mapping[str, Path | bytes],
-    output: Path,
     arguments: argparse.Namespace,
     device: torch.device,
     card: str,
     reporting: Reporting,
+    start: HeadStart,
     show_progress: bool = False,
 ) -> None:
     """Compute a planned model and save it, with copies of other files, whole or not at all.
 
-    Reports are written besides. The folder is read back before it gets its name. Raises Problems if
-    a value is not finite.
+    Tensors that have a head start are taken from it. Reports are written besides. The folder is
+    read back before it gets its name. Raises Problems if a value is not finite.
     """
     threads = arguments.threads or available_processors()
     plan = with_thresholds(plan, device, threads, show_progress)
-    check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
-    with staged(output, overwrite=arguments.overwrite, tell=say, check=check) as folder:
+    with start.staged as folder:
         with reading(plan.donor, "its config or generation config cannot be saved"):
             plan.model.save_pretrained(folder, state_dict={})
-        observe = reporting.observe
-        write_shards(folder, shards, plan.tensors, device, threads, observe, show_progress)
+        if not start.has_written(plan.tensors, shards, show_progress):
+            observe = reporting.observe
+            write_shards(folder, shards, plan.tensors, device, threads, observe, show_progress)
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
