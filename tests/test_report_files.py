@@ -255,7 +255,9 @@ def test_a_report_that_loses_its_place_is_a_warning(
     os.rmdir(report)
 
 
+@pytest.mark.parametrize("removable", [True, False])
 def test_a_report_that_cannot_be_written_does_not_cost_the_model(
+    removable: bool,
     inputs: list[str],
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,7 +272,15 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_model(
             raise OSError(28, "No space left on device", str(file))
         return b"{}"
 
+    unlink = Path.unlink
+
+    def removed(path: Path, missing_ok: bool = False) -> None:
+        if lost.name in path.name and not removable:
+            raise OSError(28, "No space left on device", str(lost))
+        unlink(path, missing_ok)
+
     monkeypatch.setattr(reporting, "content_of", content)
+    monkeypatch.setattr(Path, "unlink", removed)
     before = visible(folder)
     arguments = ties_command(output, inputs, "--report", str(lost), "--report", str(kept))
     assert "No space left" in fails(capsys, *arguments, "--dry-run")

@@ -106,20 +106,20 @@ def _likeness(totals: Sums, count: int, entries: int) -> Likeness:
 
 def _totals(flat: Sequence[Tensor], count: int, work: torch.dtype) -> Sums:
     """Measure `count` tensors, the output after them, and the base if it follows, in `work`."""
-    scratch = Scratch(min(flat[0].numel(), LIKENESS_CHUNK), flat[0].device)
     totals: Sums = {}
-    for part in chunks(flat[0].numel(), LIKENESS_CHUNK):
-        values = [
-            scratch(i, work, part.stop - part.start).copy_(tensor[part])
-            for i, tensor in enumerate(flat)
-        ]
-        *changes, made = values[: count + 1]
-        bases = values[count + 1 :]
-        for value in (*changes, made) if bases else ():
-            value.sub_(bases[0])
-        sums = _sums(changes, made, bases)
-        sums[OPPOSED] = count_opposed(changes, scratch) if bases else 0
-        _add(totals, sums)
+    with Scratch(min(flat[0].numel(), LIKENESS_CHUNK), flat[0].device) as scratch:
+        for part in chunks(flat[0].numel(), LIKENESS_CHUNK):
+            values = [
+                scratch(i, work, part.stop - part.start).copy_(tensor[part])
+                for i, tensor in enumerate(flat)
+            ]
+            *changes, made = values[: count + 1]
+            bases = values[count + 1 :]
+            for value in (*changes, made) if bases else ():
+                value.sub_(bases[0])
+            sums = _sums(changes, made, bases)
+            sums[OPPOSED] = count_opposed(changes, scratch) if bases else 0
+            _add(totals, sums)
     return totals
 
 

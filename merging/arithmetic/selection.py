@@ -87,10 +87,10 @@ def count_nonzero(entries: Entries) -> int:
 
 
 def in_chunks(entries: Entries, size: int) -> Iterator[Tensor]:
-    """Yield the numbers in chunks, all in one buffer."""
-    scratch = Scratch(min(size, entries.number), entries.device)
-    for part in chunks(entries.number, scratch.size):
-        yield entries.of(part, scratch)
+    """Yield the numbers in chunks, all in one buffer, which is gone when the last was used."""
+    with Scratch(min(size, entries.number), entries.device) as scratch:
+        for part in chunks(entries.number, scratch.size):
+            yield entries.of(part, scratch)
 
 
 def _kth_by_sample(entries: Entries, k: int) -> float | None:

@@ -164,11 +164,12 @@ def _keeping(
 def _electing(method: Method, name: str, normalize: Parameter) -> Method:
     """Return the row of a method that keeps the same and then goes on as ties does."""
     parameters = tuple(normalize if p is ADD_UP else p for p in method.parameters)
+    keeps, _, _ = method.equation.rpartition("; ")
     return replace(
         method,
         name=name,
         parameters=parameters,
-        equation=f"as `{method.name}`, but elect signs and add as `ties`",
+        equation=f"{keeps}; elect signs and add as `ties`",
         when=f"the same as `{method.name}`, where models disagree",
         checks=(negative_weights, *method.checks[1:]),
     )
@@ -247,8 +248,8 @@ RAMPLUS_TL = replace(
         Parameter("alpha", "largest ratio of shared to unique entries", default=0.2, low=0),
         LAMBDA,
     ),
-    equation="as `ram`; what one model alone changed is multiplied by 1 + r·min(α, its entries "
-    "changed by others too / by it alone)",
+    equation=f"{RAM.equation}; what one model alone changed is multiplied by 1 + r·min(α, its "
+    "entries changed by others too / by it alone)",
     when="the same as `ram`, where what models share waters down what they do not",
 )
 NEARSWAP = Method(

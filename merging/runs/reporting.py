@@ -86,7 +86,8 @@ class Reporting:
                 self._write(report, file)
             except OSError as error:
                 self._warn(f"warning: no report: {explain(error)}")
-                hidden.unlink(missing_ok=True)
+                with suppress(OSError):
+                    hidden.unlink(missing_ok=True)
                 del self._hidden[file]
         if folder is not None and self.picture:
             (folder / self.picture).write_text(card_picture(report), encoding="utf-8")
