@@ -53,6 +53,13 @@ def changing(*arguments: object) -> None:
     WRITE(*arguments)  # type: ignore[arg-type]
 
 
+def no_process(*arguments: object) -> None: ...
+
+
+def ignored(*arguments: object) -> None:
+    WRITE(*arguments)  # type: ignore[arg-type]
+
+
 WRITE = head_start.write_shards
 Write = Callable[..., None]
 
@@ -82,6 +89,10 @@ def script(folder: Path, arguments: list[str], write: Write) -> None:
 
     HeadStart.has_written = seen  # type: ignore[method-assign,assignment]
     HeadStart.begin = begun  # type: ignore[method-assign,assignment]
+    if write is no_process:
+        os.fork = lambda: (_ for _ in ()).throw(OSError(11, "Resource temporarily unavailable"))
+    if write is ignored:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     sys.argv = ["main.py", *arguments]
     sys.exit(main.main())
 
@@ -201,6 +212,19 @@ def test_what_goes_wrong_is_done_again(
     assert run(tmp_path, ties_command(output, inputs), write) == 0
     assert used(tmp_path) == ("True", "False")
     assert contents(output) == contents(tmp_path / "expected")
+
+
+def test_a_run_that_may_not_fork_does_without(
+    inputs: list[str], tmp_path: Path, output: Path
+) -> None:
+    assert run(tmp_path, ties_command(output, inputs), no_process) == 0
+    assert used(tmp_path) == ("False", "False")
+
+
+def test_children_may_be_ignored(inputs: list[str], tmp_path: Path, output: Path) -> None:
+    """As some programs leave it to those that they start: then the system forgets what ended."""
+    assert run(tmp_path, ties_command(output, inputs), ignored) == 0
+    assert used(tmp_path) == ("True", "True")
 
 
 def test_a_plan_that_is_another_is_done_again(make: Make, tmp_path: Path, output: Path) -> None:

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,19 +57,24 @@ class HeadStart:
         found: Mapping[str, Found],
         arguments: argparse.Namespace,
     ) -> None:
-        """Fork the process, which writes into a folder of its own in this one."""
+        """Fork the process, which writes into a folder of its own in this one; if it can be."""
         self._folder = folder / "early"
-        self._folder.mkdir()
-        self._pipe, end = os.pipe()
         parent = os.getpid()
-        self._process = os.fork()
-        if self._process == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody could wait for it
+        with suppress(OSError):
+            self._pipe, end = os.pipe()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of which it never hears
             try:
-                _prepare(parent)
-                _compute(self._folder, recipe, found, arguments, end)
-            finally:  # whatever went wrong: it goes wrong again where it can be told
-                os._exit(0)
-        os.close(end)
+                self._process = os.fork()
+                if self._process == 0:
+                    try:
+                        _prepare(parent)
+                        _compute(self._folder, recipe, found, arguments, end)
+                    finally:  # whatever went wrong: it goes wrong again where it can be told
+                        os._exit(0)
+            finally:
+                os.close(end)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def has_written(
         self, plan: Mapping[str, PlannedTensor], shards: Shards, show_progress: bool
@@ -89,14 +94,15 @@ class HeadStart:
                 self._folder.rmdir()
                 return True
         self.end()
-        shutil.rmtree(self._folder)
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
         return False
 
     def _wait(self, plan: Mapping[str, PlannedTensor], shards: Shards, show_progress: bool) -> None:
         files = [self._folder / file for file in shards]
         nbytes = sum(tensor.nbytes for tensor in plan.values())
         with tqdm(total=nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar:
-            while not select.select([self._pipe], [], [], 0.1)[0]:
+            while bar.n < nbytes and not select.select([self._pipe], [], [], 0.1)[0]:
                 written = sum(file.stat().st_size for file in files if file.exists())
                 bar.update(min(written, nbytes) - bar.n)
 
@@ -113,8 +119,8 @@ class HeadStart:
             with uninterrupted():
                 os.kill(self._process, signal.SIGKILL)
                 os.waitpid(self._process, 0)
-                os.close(self._pipe)
                 self._process = 0
+                os.close(self._pipe)
 
 
 def is_likely_to_help(
@@ -152,8 +158,6 @@ def _prepare(parent: int) -> None:
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
-    for each in STOP_SIGNALS:  # they are the parent's, which ends this process
-        signal.signal(each, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nothing, stream)
@@ -173,6 +177,7 @@ def _compute(
     if space_problems(folder, 3 * nbytes):  # leave the disk to those who can tell that it is full
         return
     os.write(pipe, _fingerprint(plan, shards))
+    folder.mkdir()
     threads = arguments.threads or available_processors()
     write_shards(folder, shards, plan, torch.device("cpu"), threads)
     for part in uses(plan):
@@ -181,7 +186,7 @@ def _compute(
 
 
 def _likely_plan(recipe: Recipe, found: Mapping[str, Found]) -> dict[str, PlannedTensor]:
-    """Return the plan of models that have the same tensors; KeyError if they have not."""
+    """Return the plan of models that have the same tensors; raise if they have not."""
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     (part,) = recipe.slices
     stored = {name: read_folder(name, pair.folder) for name, pair in found.items()}
@@ -189,6 +194,8 @@ def _likely_plan(recipe: Recipe, found: Mapping[str, Found]) -> dict[str, Planne
     plan = {}
     for name, given in stored[recipe.models[0]].items():
         sources = tuple(stored[model][name] for model in operands)
+        if any(source.shape != given.shape for source in sources):
+            raise ValueError(f"{name}: not of one shape")
         arguments = recipe.arguments(part, name, 0.0)
         plan[name] = planned(recipe, sources, given, arguments, dtype)
     return plan
