@@ -141,6 +141,7 @@ def _programs(
 def run(command: list[str], out: Path) -> Run:
     shutil.rmtree(out, ignore_errors=True)
     out.unlink(missing_ok=True)
+    os.sync()  # or the next program waits for what the last one left to be written
     words = [word.replace("{out}", str(out)) for word in command]
     started = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

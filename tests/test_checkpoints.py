@@ -1,6 +1,7 @@
 """Opening checkpoints: file formats, names, ties, refusals."""
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 import bakllama
 from merging.models.weight_files import read_file
+from merging.problems import Problems
 
 
 def test_bin_checkpoints_merge_like_safetensors(make: Make, tmp_path: Path) -> None:
@@ -77,14 +79,25 @@ def test_a_file_is_mapped_only_while_its_tensors_are_used(tmp_path: Path) -> Non
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count(str(file))
 
+    descriptors = os.listdir("/proc/self/fd")
     assert mapped() == 0
     a, part_of_b = tensors["a"].read(), tensors["b"].read()[10:20]
     assert mapped() == 2
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)  # of which there may be few
     del a
     assert mapped() == 1
     assert part_of_b.sum() == 10
     del part_of_b
     assert mapped() == 0
+
+
+def test_a_header_of_another_form_is_refused(tmp_path: Path) -> None:
+    """safetensors reads such entries, though nothing writes them."""
+    header = json.dumps({"a": ["F32", [2], [0, 8]]}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(Problems, match="not a whole safetensors file"):
+        read_file("a", file)
 
 
 def test_safetensors_win_over_bin(make: Make, tmp_path: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -53,6 +54,14 @@ def changing(*arguments: object) -> None:
     WRITE(*arguments)  # type: ignore[arg-type]
 
 
+def many_files(*arguments: object) -> None:
+    WRITE(*arguments)  # type: ignore[arg-type]
+
+
+def signalled(*arguments: object) -> None:
+    time.sleep(100)
+
+
 def no_process(*arguments: object) -> None: ...
 
 
@@ -91,6 +100,11 @@ def script(folder: Path, arguments: list[str], write: Write) -> None:
     HeadStart.begin = begun  # type: ignore[method-assign,assignment]
     if write is no_process:
         os.fork = lambda: (_ for _ in ()).throw(OSError(11, "Resource temporarily unavailable"))
+    if write is many_files:
+        for _ in range(1100):
+            os.dup(0)
+    if write is signalled:
+        os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
     if write is ignored:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     sys.argv = ["main.py", *arguments]
@@ -221,6 +235,13 @@ def test_a_run_that_may_not_fork_does_without(
     assert used(tmp_path) == ("False", "False")
 
 
+def test_any_number_of_files_may_be_open(inputs: list[str], tmp_path: Path, output: Path) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300:
+        pytest.skip("not here")
+    assert run(tmp_path, ties_command(output, inputs), many_files) == 0
+    assert used(tmp_path) == ("True", "True")
+
+
 def test_children_may_be_ignored(inputs: list[str], tmp_path: Path, output: Path) -> None:
     """As some programs leave it to those that they start: then the system forgets what ended."""
     assert run(tmp_path, ties_command(output, inputs), ignored) == 0
@@ -279,6 +300,12 @@ def _is_gone(folder: Path) -> bool:
     return False
 
 
+def test_a_signal_during_the_fork_is_heard(inputs: list[str], tmp_path: Path, output: Path) -> None:
+    assert run(tmp_path, ties_command(output, inputs), signalled) == 128 + signal.SIGTERM
+    assert "interrupted, nothing was left behind" in (tmp_path / "told").read_text()
+    assert not output.parent.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_both_processes(
     number: signal.Signals, inputs: list[str], tmp_path: Path, output: Path
@@ -296,7 +323,7 @@ def test_a_signal_ends_both_processes(
     assert _is_gone(tmp_path)
     assert visible(output.parent) == [".model.partial"] * killed
     assert run(tmp_path, command) == 0
-    assert used(tmp_path) == ("True", "True")
+    assert used(tmp_path) == (str(not killed), str(not killed))  # what is left is told of in turn
 
 
 def test_plans_are_the_same_only_if_all_of_it_is(make: Make, tmp_path: Path) -> None:
@@ -324,5 +351,10 @@ def test_plans_are_the_same_only_if_all_of_it_is(make: Make, tmp_path: Path) -> 
         fingerprint(sources=lambda sources: sources[:1]),
         fingerprint(sources=lambda found: (found[0], replace(found[1], dtype=torch.uint8))),
     ]
+    before = file.stat()
+    file.rename(tmp_path / "old")
+    shutil.copyfile(tmp_path / "old", file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    others.append(fingerprint())
     os.utime(file, ns=(1, 1))
     assert len({same, *others, fingerprint()}) == len(others) + 2

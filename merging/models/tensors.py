@@ -1,11 +1,15 @@
 """Tensors that are read when they are needed: as files store them, or made of some that they do."""
 
+import ctypes
 import mmap
 import os
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +20,32 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MISSING = -1
 
 
+def _map(file: int, start: int, size: int) -> Any:
+    """Return the bytes of an open file from a page on, mapped until nobody holds them any more.
+
+    Python's own mmap keeps a copy of the file's descriptor for each of them, up to version 3.13,
+    and of those there may be few.
+    """
+    if not sys.platform.startswith("linux") or sys.maxsize < 1 << 32:
+        return mmap.mmap(file, size, offset=start, access=mmap.ACCESS_COPY)
+    library = ctypes.CDLL(None, use_errno=True)
+    number, address = ctypes.c_int, ctypes.c_void_p
+    library.mmap.restype = address
+    library.mmap.argtypes = (address, ctypes.c_size_t, number, number, number, ctypes.c_int64)
+    library.munmap.argtypes = (address, ctypes.c_size_t)
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    found = library.mmap(None, size, access, mmap.MAP_PRIVATE, file, start)
+    if found == address(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    content = (ctypes.c_char * size).from_address(found)
+    weakref.finalize(content, library.munmap, found, size).atexit = False
+    return content
+
+
 class WatchedFile:
     """A file that is mapped while a run lives: nobody may change it meanwhile."""
 
-    state: tuple[str, int, int]  # its path, its size in bytes, when it was last changed
+    state: tuple[str, int, int, int, int]  # its path, device, number, size, and last change
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,8 +70,7 @@ class WatchedFile:
             return torch.empty(0, dtype=dtype)
         page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         size = start - page + count * dtype.itemsize
-        number = self._stream.fileno()
-        content = mmap.mmap(number, size, offset=page, access=mmap.ACCESS_COPY)
+        content = _map(self._stream.fileno(), page, size)
         return torch.frombuffer(content, dtype=dtype, count=count, offset=start - page)
 
     def advise(self, start: int, size: int, advice: str) -> None:
@@ -58,9 +83,9 @@ class WatchedFile:
             with suppress(OSError):
                 os.posix_fadvise(self._stream.fileno(), start, size, known)
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> tuple[int, int, int, int]:
         found = os.fstat(self._stream.fileno())
-        return found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)

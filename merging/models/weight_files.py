@@ -67,16 +67,17 @@ def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
             names = [*opened.keys()]
         (size,) = struct.unpack("<Q", watched.read(8))
         header = json.loads(watched.read(size).decode())
-        entries = [(name, header[name]) for name in names]
+        places = {name: 8 + size + header[name]["data_offsets"][0] for name in names}
+        kinds = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in names}
     tensors = {}
-    for name, entry in entries:
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+    for name, start in places.items():
+        code, shape = kinds[name]
+        dtype = SAFETENSORS_DTYPES.get(code)
         if dtype is None:
             raise Problems(
-                f"{file}: {name} is stored as {entry['dtype']}, which cannot be merged; "
+                f"{file}: {name} is stored as {code}, which cannot be merged; "
                 "dequantise the model first"
             )
-        shape, start = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
         read = partial(_mapped, watched, start, shape, dtype)
         label = f"{model}: {name}"
         tensors[name] = LazyTensor(label, shape, dtype, read, file=watched, start=start)

@@ -237,7 +237,7 @@ def _stored(planned: PlannedTensor) -> Iterator[LazyTensor]:
 
 def _read_ahead(part: LazyTensor) -> None:
     """Ask the system to start reading a stored tensor, where it knows how."""
-    if part.file is not None and part.start is not None:
+    if part.file is not None and part.start is not None and hasattr(os, "posix_fadvise"):
         part.file.advise(part.start, part.nbytes, "WILLNEED")
         return
     tensor = part.read()

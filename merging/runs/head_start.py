@@ -4,7 +4,7 @@ To load transformers takes over a second, of one processor, and often most of th
 small models. Meanwhile a forked process takes for granted what holds of most merges: that each
 tensor is made of those of its name, by the same numbers. It writes shards into the staged folder.
 When the plan is there, either it is that very one, of those very files, and the shards are used;
-or they are thrown away. Nothing else depends on them: no refusal, no byte, no message.
+or they are thrown away. No refusal, no byte and no message is to depend on them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from merging.recipes.recipe import Recipe
 from merging.runs.computing import available_processors
 from merging.runs.outputs import space_problems
 from merging.runs.shards import Shards, shards_of, write_shards
-from merging.runs.staging import STOP_SIGNALS, uninterrupted
+from merging.runs.staging import STOP_SIGNALS, postponed, siblings, uninterrupted
 
 SMALLEST = 500_000_000  # bytes of all inputs for which it is worth a process
 DIE_WITH_PARENT = 1  # Linux' PR_SET_PDEATHSIG
@@ -61,20 +61,18 @@ class HeadStart:
         self._folder = folder / "early"
         parent = os.getpid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody could wait for it
-        with suppress(OSError):
+        with suppress(OSError), postponed():  # until it is known which process there is to end
             self._pipe, end = os.pipe()
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of which it never hears
             try:
                 self._process = os.fork()
                 if self._process == 0:
                     try:
-                        _prepare(parent)
+                        _prepare(parent, end)
                         _compute(self._folder, recipe, found, arguments, end)
                     finally:  # whatever went wrong: it goes wrong again where it can be told
                         os._exit(0)
             finally:
                 os.close(end)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def has_written(
         self, plan: Mapping[str, PlannedTensor], shards: Shards, show_progress: bool
@@ -102,9 +100,14 @@ class HeadStart:
         files = [self._folder / file for file in shards]
         nbytes = sum(tensor.nbytes for tensor in plan.values())
         with tqdm(total=nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar:
-            while bar.n < nbytes and not select.select([self._pipe], [], [], 0.1)[0]:
+            says = select.poll()
+            says.register(self._pipe)
+            while bar.n < nbytes:
+                has_ended = says.poll(100)
                 written = sum(file.stat().st_size for file in files if file.exists())
                 bar.update(min(written, nbytes) - bar.n)
+                if has_ended:
+                    break
 
     def _told(self, size: int) -> bytes:
         """Return what the process says next, or as much of it as it says."""
@@ -128,7 +131,8 @@ def is_likely_to_help(
 ) -> bool:
     """Whether a merge is large, of whole models by the same numbers everywhere, and of nothing odd.
 
-    Of a run by itself, on processors of Linux: elsewhere a fork is slow, or not safe.
+    Of a run by itself, on processors of Linux: elsewhere a fork is slow, or not safe. And where
+    nothing is left of another run, which would be told of too early.
     """
     schedules = [schedule for _, _, schedule in recipe.schedules()]
     is_plain = not (
@@ -141,6 +145,7 @@ def is_likely_to_help(
         or arguments.report
         or arguments.cuda
         or arguments.dry_run
+        or any(map(os.path.lexists, siblings(Path(arguments.output).resolve())))
     )
     has_room = sys.platform == "linux" and (arguments.threads or available_processors()) > 1
     if not (is_plain and has_room):
@@ -153,13 +158,15 @@ def is_likely_to_help(
     return nbytes >= SMALLEST and all(file.suffix == ".safetensors" for file in files)
 
 
-def _prepare(parent: int) -> None:
+def _prepare(parent: int, pipe: int) -> None:
     """Make this the parent's process alone: it says nothing, and does not outlive the parent."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+    for each in STOP_SIGNALS:  # they are the parent's, which ends this process
+        signal.signal(each, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
+    for stream in {0, 1, 2} - {pipe}:  # which has such a number if one of them was closed
         os.dup2(nothing, stream)
 
 

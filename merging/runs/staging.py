@@ -96,6 +96,20 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
+def postponed() -> Iterator[None]:
+    """Heed the signals that ask to stop at the end of the `with`, in the main thread."""
+    heard: list[int] = []
+    before = {each: signal.signal(each, lambda n, _: heard.append(n)) for each in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in heard[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def _claimed(staging: Path, output: Path) -> Iterator[None]:
     """Lock the staging directory, emptied, and the output, which will take its place."""
     message = f"{output}: another run is writing this output; wait for it, or name another"
