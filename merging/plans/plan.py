@@ -80,7 +80,11 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return nbytes_of(self.tensors)
+
+
+def nbytes_of(tensors: Mapping[str, PlannedTensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def uses(tensors: Mapping[str, PlannedTensor]) -> Counter[LazyTensor]:

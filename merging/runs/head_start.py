@@ -25,7 +25,7 @@ from tqdm import tqdm
 from merging.models.folders import weight_files
 from merging.models.opening import Found
 from merging.models.weight_files import read_folder
-from merging.plans.plan import PlannedTensor, planned, uses
+from merging.plans.plan import PlannedTensor, nbytes_of, planned, uses
 from merging.problems import Problems
 from merging.recipes.recipe import Recipe
 from merging.runs.computing import available_processors
@@ -98,7 +98,7 @@ class HeadStart:
 
     def _wait(self, plan: Mapping[str, PlannedTensor], shards: Shards, show_progress: bool) -> None:
         files = [self._folder / file for file in shards]
-        nbytes = sum(tensor.nbytes for tensor in plan.values())
+        nbytes = nbytes_of(plan)
         with tqdm(total=nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar:
             says = select.poll()
             says.register(self._pipe)
@@ -180,7 +180,7 @@ def _compute(
     """Write what is likely to be asked for, and say first what that is, and last that it is."""
     plan = _likely_plan(recipe, found)
     shards = shards_of(plan, arguments.max_shard_size)
-    nbytes = sum(tensor.nbytes for tensor in plan.values())
+    nbytes = nbytes_of(plan)
     if space_problems(folder, 3 * nbytes):  # leave the disk to those who can tell that it is full
         return
     os.write(pipe, _fingerprint(plan, shards))

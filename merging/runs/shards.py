@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from merging.arithmetic.memory import release
 from merging.models.weight_files import SAFETENSORS_DTYPES
-from merging.plans.plan import PlannedTensor
+from merging.plans.plan import PlannedTensor, nbytes_of
 from merging.runs.computing import Observer, compute, computed
 from merging.runs.direct import DirectFile
 
@@ -57,7 +57,7 @@ def write_shards(
     """Compute planned tensors and write them, with an index if there are several files."""
     names = [name for shard in shards.values() for name in shard]
     task = partial(compute, device=device, observe=observe)
-    nbytes = sum(tensor.nbytes for tensor in plan.values())
+    nbytes = nbytes_of(plan)
     with (
         computed(plan, names, task, device, threads) as tensors,
         tqdm(total=nbytes, unit="B", unit_scale=True, disable=not show_progress) as bar,
@@ -107,7 +107,7 @@ def _write_index(file: Path, shards: Shards, plan: Mapping[str, PlannedTensor]) 
     index = {
         "metadata": {
             "total_parameters": sum(math.prod(tensor.shape) for tensor in plan.values()),
-            "total_size": sum(tensor.nbytes for tensor in plan.values()),
+            "total_size": nbytes_of(plan),
         },
         "weight_map": {name: shard for shard, names in shards.items() for name in names},
     }
