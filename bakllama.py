@@ -14,13 +14,12 @@ names a lm_head_source of its own.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from merging.recipes.options import EXIT_STATUS, add_common_options, command
 from merging.recipes.stack_files import read_stack
-from merging.runs.console import run
+from merging.runs.console import leave, run
 from merging.runs.merge import make
 
 
@@ -52,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,14 +4,13 @@ python main.py ./output --base-model org/base --merge org/math --weight 0.5 --de
     --merge org/code --weight 0.3 --density 0.5
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from merging.recipes.command_line import recipe_from
 from merging.recipes.merge_options import NUMBER_OPTIONS, build_parser
 from merging.recipes.options import command, join_negative
-from merging.runs.console import run
+from merging.runs.console import leave, run
 from merging.runs.merge import make
 
 
@@ -30,4 +29,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

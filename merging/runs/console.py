@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from merging.problems import Problems, explain, first_line, printable
 from merging.runs.staging import STOP_SIGNALS
@@ -110,14 +110,21 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         say(f"error: {_shortened(message)}{_lost_directory()}")
         return 2
     finally:
-        if collected:
+        if collected and argv is not None:  # at the end of a script, there is nothing to collect
             gc.enable()
-        if argv is None:  # the end of a script: collecting takes a second, and changes nothing
-            gc.freeze()
         if argv is not None or not received:  # at the end of a script, let no signal disturb it
             for each, handler in before.items():
                 signal.signal(each, handler)
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End a script with its exit status, at once: to take torch apart takes a while, in vain."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # as in `say_path`
+                stream.flush()
+    os._exit(status)
 
 
 def _shortened(message: str) -> str:
