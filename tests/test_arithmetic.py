@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -315,6 +316,19 @@ def test_weighted_sums_are_rounded_once() -> None:
     a, b = torch.tensor([1.0]), torch.tensor([2.0**-30])
     assert weighted_sum([a, b, a], [1, 1, -1]).tolist() == [2.0**-30]
     assert weighted_sum([a, b], [0.5, 0], torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_sums_of_16_bits_do_not_depend_on_fused_multiplication(dtype: torch.dtype) -> None:
+    # Of such weights a hundred sums lie halfway between two results, but for the last digits.
+    values = randoms(3, (300_001,), dtype)
+    weights = [Fraction(round(Fraction(w) * 2**43), 2**43) for w in (0.3, 0.3, 0.4)]  # 42 digits
+    products = [v.double().numpy() * float(w) for v, w in zip(values, weights, strict=True)]
+    exact = [Fraction(v[7].item()) * w for v, w in zip(values, weights, strict=True)]
+    assert [Fraction(product[7].item()) for product in products] == exact
+    expected = torch.from_numpy(products[0] + products[1] + products[2]).to(dtype)
+    assert torch.equal(weighted_sum(values, [0.3, 0.3, 0.4]), expected)
+    assert weighted_sum(values, [math.nan, 0.3, 0.4]).isnan().all()
 
 
 def test_weights_are_divided_by_their_sum_and_its_sign() -> None:

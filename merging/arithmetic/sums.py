@@ -17,10 +17,12 @@ from merging.arithmetic.chunks import (
     load,
     load_deltas,
     store,
+    work_dtype,
 )
 from merging.arithmetic.memory import empty
 from merging.arithmetic.products import dots, listed, rows
 
+DIGITS = 53 - 11  # binary digits of weights of numbers that have 11
 DOT_ROW = 1 << 12  # elements: so few that no library sums them on several threads
 
 Gram = list[list[float]]
@@ -35,22 +37,38 @@ def weighted_sum(
     """Return sum_i w_i theta_i, summed in float64 and rounded once to `dtype` (the first's).
 
     In float32, terms that nearly cancel would leave an error of many units in the last place of
-    even a bfloat16 result; float64 costs no more time than the tricks that avoid it.
+    even a bfloat16 result; float64 costs no more time than the tricks that avoid it. Where inputs
+    and output have 16 bits, weights are rounded to 42 digits: then products are exact, and it does
+    not matter whether a processor rounds them before it adds them, which torch leaves open.
     """
     check_same_shape(tensors)
     device = device or tensors[0].device
     flat = [t.reshape(-1) for t in tensors]
     out = empty(len(flat[0]), dtype or tensors[0].dtype, tensors[0].device)
     size = chunk_size(len(out), device)
+    is_exact = work_dtype(tensors, dtype) == torch.float32
+    first, *others = map(_in_few_digits, weights) if is_exact else weights
     with Scratch(size, device) as scratch:
         for chunk in chunks(len(out), size):
             length = chunk.stop - chunk.start
             total, term = (scratch(name, torch.float64, length) for name in ("total", "term"))
-            load(total, flat[0][chunk]).mul_(weights[0])
-            for tensor, weight in zip(flat[1:], weights[1:], strict=True):
-                total.add_(load(term, tensor[chunk]).mul_(weight))
+            load(total, flat[0][chunk]).mul_(first)
+            for tensor, weight in zip(flat[1:], others, strict=True):
+                load(term, tensor[chunk])
+                if is_exact:
+                    total.add_(term, alpha=weight)
+                else:
+                    total.add_(term.mul_(weight))
             store(out[chunk], total)
     return out.view(tensors[0].shape)
+
+
+def _in_few_digits(weight: float) -> float:
+    """Round a weight so that float64 holds its products with numbers of 16 bits, of 11 digits."""
+    if not math.isfinite(weight):
+        return weight
+    mantissa, exponent = math.frexp(weight)
+    return math.ldexp(round(math.ldexp(mantissa, DIGITS)), exponent - DIGITS)
 
 
 def gram_matrix(
