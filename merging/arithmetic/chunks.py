@@ -43,7 +43,8 @@ class Scratch:
         key = name, dtype
         if key not in self._tensors:
             self._tensors[key] = empty(self.size, dtype, self.device)
-        return self._tensors[key][:length]
+        tensor = self._tensors[key]
+        return tensor if length in (None, self.size) else tensor[:length]
 
 
 def work_dtype(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> torch.dtype:
@@ -77,7 +78,7 @@ def row_length(tensor: Tensor) -> int:
 
 def load(buffer: Tensor, values: Tensor) -> Tensor:
     """Copy values into a buffer; to another device in their own dtype, to be cast there."""
-    return buffer.copy_(values.to(buffer.device))
+    return buffer.copy_(values if values.device == buffer.device else values.to(buffer.device))
 
 
 def store(out: Tensor, values: Tensor) -> None:
