@@ -86,7 +86,8 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     fits: bool, make: Make, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is used once more is; and others may have use for what fits."""
-    told: dict[str, list[int]] = {"WILLNEED": [], "DONTNEED": []}
+    loaded: list[int] = []
+    dropped: list[int] = []
     model = make("llama", 1)
     tensors = read_file("", model / "model.safetensors")
     first, second, third = (
@@ -97,18 +98,24 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     once = [*around, *first, *third]
     nbytes = sum(tensor.nbytes for tensor in [*once, *second])
 
-    def advise(file: WatchedFile, start: int, size: int, advice: str) -> None:
-        told[advice].append(start)
+    def load(file: WatchedFile, start: int, size: int, is_wanted: object) -> None:
+        loaded.append(start)
 
-    monkeypatch.setattr(WatchedFile, "advise", advise)
+    def drop(file: WatchedFile, start: int, size: int) -> None:
+        dropped.append(start)
+
+    monkeypatch.setattr(computing, "CAN_LOAD", True)
+    monkeypatch.setattr(WatchedFile, "load", load)
+    monkeypatch.setattr(WatchedFile, "drop", drop)
     monkeypatch.setattr(computing, "available_memory", lambda: nbytes - (not fits))
     text = "".join(
         f"  - model: {model}\n    start: {start}\n    end: {start + 2}\n" for start in (0, 1)
     )
     assert bakllama.main([stack_file(tmp_path, f"layer_slices:\n{text}"), str(output)]) == 0
-    assert sorted(told["WILLNEED"]) == sorted(_starts([*once, *second, *second]))
+    # Of the last ones, reading ahead may come too late.
+    assert {*loaded} <= {*_starts([*once, *second])} and len(loaded) <= len(once) + 2 * len(second)
     once.remove(tensors["model.norm.weight"])  # the last one written, after which all ends
-    assert sorted(told["DONTNEED"]) == ([] if fits else sorted(_starts(once)))
+    assert sorted(dropped) == ([] if fits else sorted(_starts(once)))
 
 
 def _starts(tensors: list[LazyTensor]) -> list[int]:

@@ -1,39 +1,69 @@
-"""Ask the system to read weight files while torch and transformers load. Loads neither."""
+"""Read weight files from the disk before they are needed. Loads neither torch nor transformers."""
 
+import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from merging.models.folders import weight_files
 from merging.problems import Problems
 
-AHEAD = 1 << 31  # bytes of all models together: about what a disk reads in that time
+AHEAD = 1 << 31  # bytes of all models together: what a disk reads while torch and transformers load
+STEP = 1 << 20  # bytes that are read at once
+CAN_LOAD = hasattr(os, "RWF_NOWAIT")  # whether it can be told what is in memory: on Linux
 
 
-def read_ahead(folders: Iterable[Path]) -> None:
-    """Ask for the first pages of the models' weights, as far as they are there, in the background.
+def load(descriptor: int, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
+    """Read what the system does not hold in memory of a part of a file, so that it does.
 
-    Where files are in memory already, or the system has no such request, nothing happens.
+    As long as it `is_wanted`. To ask the system to do so is not enough: it reads some megabytes of
+    what it is asked for, and from then on keeps those waiting who need the next ones.
     """
-    if hasattr(os, "posix_fadvise"):
+    buffer = memoryview(b"")
+    with suppress(OSError):  # which those meet who need it
+        for at in range(start, start + size, STEP):
+            if not is_wanted():
+                return
+            if not _holds(descriptor, at):
+                buffer = buffer or memoryview(bytearray(STEP))
+                os.preadv(descriptor, [buffer[: start + size - at]], at)
+
+
+def _holds(descriptor: int, at: int) -> bool:
+    """Whether the system has a byte of a file in memory; if it cannot tell, it is asked to."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        os.posix_fadvise(descriptor, at, STEP, os.POSIX_FADV_WILLNEED)
+    return True
+
+
+def load_first(folders: Iterable[Path]) -> None:
+    """Read the first parts of the models' weights, as far as they are there, in the background."""
+    if CAN_LOAD:
         listed = list(dict.fromkeys(folders))
         threading.Thread(
-            target=_ask, args=(listed, AHEAD // max(1, len(listed))), daemon=True
+            target=_load_first, args=(listed, AHEAD // max(1, len(listed))), daemon=True
         ).start()
 
 
-def _ask(folders: list[Path], size: int) -> None:
+def _load_first(folders: list[Path], size: int) -> None:
     for folder in folders:
         rest = size
         with suppress(OSError, Problems):  # whatever is wrong is found when the files are opened
             for file in weight_files(folder)[0]:
                 descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
                 try:
-                    os.posix_fadvise(descriptor, 0, rest, os.POSIX_FADV_WILLNEED)
-                    rest -= os.fstat(descriptor).st_size
+                    length = min(rest, os.fstat(descriptor).st_size)
+                    load(descriptor, 0, length, lambda: True)
                 finally:
                     os.close(descriptor)
+                rest -= length
                 if rest <= 0:
                     break

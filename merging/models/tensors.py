@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging.models.reading_ahead import load
 from merging.problems import Problems
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,15 +74,15 @@ class WatchedFile:
         content = _map(self._stream.fileno(), page, size)
         return torch.frombuffer(content, dtype=dtype, count=count, offset=start - page)
 
-    def advise(self, start: int, size: int, advice: str) -> None:
-        """Tell the system that bytes are needed soon, "WILLNEED", or not again, "DONTNEED".
+    def load(self, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
+        """Have bytes in memory before they are needed, as long as that is wanted."""
+        load(self._stream.fileno(), start, size, is_wanted)
 
-        It may do as it likes; where it knows neither, nothing happens.
-        """
+    def drop(self, start: int, size: int) -> None:
+        """Tell the system that bytes need not be kept in memory. It may do as it likes."""
         if hasattr(os, "posix_fadvise"):
-            known = getattr(os, f"POSIX_FADV_{advice}")
             with suppress(OSError):
-                os.posix_fadvise(self._stream.fileno(), start, size, known)
+                os.posix_fadvise(self._stream.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
     def _look(self) -> tuple[int, int, int, int]:
         found = os.fstat(self._stream.fileno())

@@ -18,6 +18,7 @@ from torch import Tensor
 import merge_methods
 from merging.arithmetic.likeness import Measuring
 from merging.arithmetic.watching import watching
+from merging.models.reading_ahead import CAN_LOAD
 from merging.models.tensors import LazyTensor
 from merging.plans.plan import PlannedTensor, uses
 from merging.problems import Problems
@@ -187,11 +188,22 @@ def computed(
     count = min(threads, WORKERS if device.type == "cpu" else DEVICE_WORKERS)
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))  # which torch uses for the work of each
-    pool = ThreadPoolExecutor(count)
+    pool, reader = ThreadPoolExecutor(count), ThreadPoolExecutor(1)
+    goes_on = threading.Event()
+    goes_on.set()
+
+    def load(part: LazyTensor) -> None:
+        if CAN_LOAD and part.file is not None and part.start is not None:
+            reader.submit(part.file.load, part.start, part.nbytes, goes_on.is_set)
+        else:
+            _ask_for(part)
+
     try:
-        yield _in_order(plan, names, task, pool, max(AHEAD, AHEAD // 8 * count))
+        yield _in_order(plan, names, task, pool, load, max(AHEAD, AHEAD // 8 * count))
     finally:
-        pool.shutdown(cancel_futures=True)
+        goes_on.clear()
+        for each in (reader, pool):
+            each.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
@@ -200,6 +212,7 @@ def _in_order(
     names: Iterable[str],
     task: Callable[[str, PlannedTensor], Result],
     pool: ThreadPoolExecutor,
+    load: Callable[[LazyTensor], None],
     limit: int,
 ) -> Iterator[Result]:
     """Yield what is computed by a pool.
@@ -220,14 +233,14 @@ def _in_order(
             held += planned.nbytes
             for part in _stored(planned):
                 part.check()
-                _read_ahead(part)
+                load(part)
             pending.append((name, pool.submit(task, name, planned)))
         name, future = pending.popleft()
         yield future.result()
         held -= plan[name].nbytes
         for part in _stored(plan[name]) if is_too_large else ():
             if part.file is not None and part.start is not None and used[part] == 1:
-                part.file.advise(part.start, part.nbytes, "DONTNEED")
+                part.file.drop(part.start, part.nbytes)
 
 
 def _stored(planned: PlannedTensor) -> Iterator[LazyTensor]:
@@ -235,11 +248,8 @@ def _stored(planned: PlannedTensor) -> Iterator[LazyTensor]:
         yield from source.stored()
 
 
-def _read_ahead(part: LazyTensor) -> None:
+def _ask_for(part: LazyTensor) -> None:
     """Ask the system to start reading a stored tensor, where it knows how."""
-    if part.file is not None and part.start is not None and hasattr(os, "posix_fadvise"):
-        part.file.advise(part.start, part.nbytes, "WILLNEED")
-        return
     tensor = part.read()
     if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

@@ -14,7 +14,7 @@ from merging.models.folders import (
     read_json,
 )
 from merging.models.opening import Found, find_models, open_models
-from merging.models.reading_ahead import read_ahead
+from merging.models.reading_ahead import load_first
 from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table, with_dtype
@@ -65,7 +65,7 @@ def make(
         say(table(recipe), quiet)
     found = _find(recipe, arguments, problems, other_inputs)
     if not arguments.dry_run:
-        read_ahead(pair.folder for pair in found.values())
+        load_first(pair.folder for pair in found.values())
 
     # It loads torch, which takes its time; what is above does not wait for it.
     from merging.runs.head_start import head_start
