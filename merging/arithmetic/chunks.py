@@ -60,10 +60,15 @@ def check_same_shape(tensors: Sequence[Tensor]) -> None:
 
 
 def chunk_size(
-    count: int, device: torch.device, on_cpu: int | None = None, row_length: int = 1
+    count: int,
+    device: torch.device,
+    on_cpu: int | None = None,
+    row_length: int = 1,
+    work: torch.dtype = torch.float64,
 ) -> int:
-    """Return how many of `count` entries to take at once: whole rows."""
-    size = (on_cpu or CPU_CHUNK) if device.type == "cpu" else DEVICE_CHUNK
+    """Return how many of `count` entries to take at once: whole rows; more if all is narrow."""
+    fitting = CPU_CHUNK * torch.float64.itemsize // work.itemsize
+    size = (on_cpu or fitting) if device.type == "cpu" else DEVICE_CHUNK
     return min(count, max(1, size // row_length) * row_length)
 
 

@@ -148,7 +148,7 @@ def _dot_products(
     Rows are of one length, so that no sum depends on threads or chunks. The first of the tensors
     may be the base of the others, which are then deltas.
     """
-    size = -(-chunk_size(flat[0].numel(), device) // DOT_ROW) * DOT_ROW
+    size = -(-chunk_size(flat[0].numel(), device, work=work) // DOT_ROW) * DOT_ROW
     of_rows: dict[tuple[int, int], list[Any]] = {pair: [] for pair in pairs}
     with Scratch(size, device) as scratch, np.errstate(all="ignore"):
         for chunk in chunks(flat[0].numel(), size):
