@@ -1,13 +1,17 @@
 """Computing and writing: the bytes, the files beside them, what is refused on the way."""
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Make, contents, linear, loads_clean, rewrite, stack_file, stored
@@ -17,12 +21,14 @@ from tqdm import tqdm
 import bakllama
 import main
 import merge_methods
+from merging.arithmetic.memory import empty_result, release
 from merging.models.tensors import LazyTensor, WatchedFile
 from merging.models.weight_files import read_file
 from merging.plans.plan import Plan, PlannedTensor
-from merging.recipes.methods import LINEAR
+from merging.recipes.declarations import Method
+from merging.recipes.methods import LINEAR, TIES
 from merging.runs import computing, shards, writing
-from merging.runs.direct import DirectFile
+from merging.runs.direct import BUFFER, DirectFile
 
 # -------------------------------------------------------------------- bytes
 
@@ -53,8 +59,31 @@ def test_the_writer_agrees_with_safetensors_on_odd_tensors(tmp_path: Path) -> No
     with tqdm(disable=True) as bar:
         values = iter([tensors[name] for name in order])
         shards.write_shard(tmp_path / "ours", order, planned, values, bar)
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    starts = {name: t.start for name, t in read_file("", tmp_path / "theirs.safetensors").items()}
+    assert shards.places_in(order, planned) == starts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", [LINEAR, TIES])
+@pytest.mark.parametrize("place", [0, 1234, 4096 * 7 + 8, 99_999])
+def test_results_lie_in_memory_as_in_the_file(
+    place: int, method: Method, dtype: torch.dtype
+) -> None:
+    given = [torch.randn(301, 1000, dtype=dtype) for _ in range(3)]
+    sources = tuple(LazyTensor("", (301, 1000), dtype, lambda t=t: t) for t in given)
+    arguments = {"weights": [0.5, 0.5, 0.5]}
+    if method is TIES:
+        arguments = {"weights": [0.5, 0.5], "densities": [0.5, 0.5]}
+    planned = PlannedTensor(sources, (301, 1000), dtype, method, arguments, method is TIES)
+    anywhere = computing.compute("x", planned, torch.device("cpu"))
+    placed = computing.compute("x", planned, torch.device("cpu"), places={"x": place})
+    assert torch.equal(placed, anywhere)
+    if place % dtype.itemsize == 0:
+        assert (placed.data_ptr() - place) % mmap.PAGESIZE == 0
+    release(placed)
+    assert empty_result(301_000, dtype, torch.device("cpu")).storage_offset() == 0
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "7"])
@@ -87,6 +116,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
 ) -> None:
     """What is used once more is; and others may have use for what fits."""
     loaded: list[int] = []
+    wanted: list[Callable[[], bool]] = []
     dropped: list[int] = []
     model = make("llama", 1)
     tensors = read_file("", model / "model.safetensors")
@@ -98,7 +128,9 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     once = [*around, *first, *third]
     nbytes = sum(tensor.nbytes for tensor in [*once, *second])
 
-    def load(file: WatchedFile, start: int, size: int, is_wanted: object) -> None:
+    def load(file: WatchedFile, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
+        assert is_wanted()
+        wanted.append(is_wanted)
         loaded.append(start)
 
     def drop(file: WatchedFile, start: int, size: int) -> None:
@@ -114,6 +146,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     assert bakllama.main([stack_file(tmp_path, f"layer_slices:\n{text}"), str(output)]) == 0
     # Of the last ones, reading ahead may come too late.
     assert {*loaded} <= {*_starts([*once, *second])} and len(loaded) <= len(once) + 2 * len(second)
+    assert not any(is_wanted() for is_wanted in wanted)
     once.remove(tensors["model.norm.weight"])  # the last one written, after which all ends
     assert sorted(dropped) == ([] if fits else sorted(_starts(once)))
 
@@ -183,6 +216,39 @@ def test_direct_files_hold_what_was_written(
         file.write(content[start : start + 1_000_003])
     file.close()
     assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("before", [0, 8, 4096, 5001, BUFFER - 8, BUFFER + 24])
+@pytest.mark.parametrize("size", [BUFFER - 1, BUFFER, 9_999_999])
+@pytest.mark.parametrize("off", [0, 1])
+def test_what_lies_in_memory_as_in_the_file_is_written_from_there(
+    before: int, size: int, off: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    append = DirectFile._append
+
+    def copy(file: DirectFile, rest: Any) -> None:
+        copied.append(len(rest))
+        append(file, rest)
+
+    memory = np.frombuffer(mmap.mmap(-1, size + 8192), np.uint8)
+    place = before % 4096 + off
+    memory[:] = np.arange(len(memory)) % 251
+    content = memory[place : place + size]
+    file = DirectFile(tmp_path / "file")
+    is_direct = file._direct
+    file.write(memory[:before] if before < size else np.resize(memory, before))
+    monkeypatch.setattr(DirectFile, "_append", copy)
+    file.write(content)
+    assert file._direct == is_direct  # no unaligned write was tried
+    file.write(b"end")
+    file.close()
+    written = (tmp_path / "file").read_bytes()
+    assert written[before:] == content.tobytes() + b"end"
+    assert written[:before] == np.resize(memory, before).tobytes()
+    if is_direct:
+        well = off == 0 and size >= BUFFER
+        assert sum(copied) < 3 + 2 * 4096 if well else sum(copied) == size + 3
 
 
 @pytest.mark.parametrize("written", [1 << 22, (1 << 22) + 1, 9_999_999])

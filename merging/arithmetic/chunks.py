@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from merging.arithmetic.memory import empty, release
+from merging.arithmetic.memory import empty, empty_result, release
 from merging.arithmetic.watching import current_watcher
 
 CPU_CHUNK = 1 << 18  # elements: a dozen scratch tensors of this size stay near the cache
@@ -121,7 +121,7 @@ def add_to_base(
     device = device or base.device
     work = work or work_dtype([base, *tensors], dtype)
     flat = [t.reshape(-1) for t in (base, *tensors)]
-    out = empty(base.numel(), dtype or base.dtype, base.device)
+    out = empty_result(base.numel(), dtype or base.dtype, base.device)
     size = chunk_size(len(out), device, row_length=row_length(base) if whole_rows else 1)
     watcher = current_watcher()
     with Scratch(size, device) as scratch:

@@ -3,7 +3,11 @@
 Only on the CPU: torch itself keeps the memory of accelerators.
 """
 
+import mmap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ KEPT = 1 << 27  # bytes that may lie unused
 
 _LOCK = threading.Lock()
 _unused: list[Tensor] = []  # blocks of bytes, the last one used last
+_PLACE: ContextVar[int | None] = ContextVar("place", default=None)
 
 
 def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -24,6 +29,29 @@ def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
                 if nbytes <= _unused[i].nbytes <= nbytes + nbytes // 4:
                     return _unused.pop(i)[:nbytes].view(dtype)
     return torch.empty(count, dtype=dtype, device=device)
+
+
+@contextmanager
+def placed(place: int | None) -> Iterator[None]:
+    """Let results lie in memory as they will in a file, from a byte on: so far from a page's start.
+
+    Then a file can be written from there directly. In this thread; None if they may lie anywhere.
+    """
+    token = _PLACE.set(place)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def empty_result(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of any values, as `empty` does, which lies as a result is to lie."""
+    nbytes, place = count * dtype.itemsize, _PLACE.get()
+    if device.type != "cpu" or nbytes < SMALLEST or place is None or place % dtype.itemsize:
+        return empty(count, dtype, device)
+    block = empty(nbytes + mmap.PAGESIZE, torch.uint8, device)
+    first = (place - block.data_ptr()) % mmap.PAGESIZE
+    return block[first : first + nbytes].view(dtype)
 
 
 def release(tensor: Tensor) -> None:

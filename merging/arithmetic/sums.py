@@ -19,7 +19,7 @@ from merging.arithmetic.chunks import (
     store,
     work_dtype,
 )
-from merging.arithmetic.memory import empty
+from merging.arithmetic.memory import empty_result
 from merging.arithmetic.products import dots, listed, rows
 
 DIGITS = 53 - 11  # binary digits of weights of numbers that have 11
@@ -44,7 +44,7 @@ def weighted_sum(
     check_same_shape(tensors)
     device = device or tensors[0].device
     flat = [t.reshape(-1) for t in tensors]
-    out = empty(len(flat[0]), dtype or tensors[0].dtype, tensors[0].device)
+    out = empty_result(len(flat[0]), dtype or tensors[0].dtype, tensors[0].device)
     size = chunk_size(len(out), device)
     is_exact = work_dtype(tensors, dtype) == torch.float32
     first, *others = map(_in_few_digits, weights) if is_exact else weights

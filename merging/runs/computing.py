@@ -17,6 +17,7 @@ from torch import Tensor
 
 import merge_methods
 from merging.arithmetic.likeness import Measuring
+from merging.arithmetic.memory import placed
 from merging.arithmetic.watching import watching
 from merging.models.reading_ahead import CAN_LOAD
 from merging.models.tensors import LazyTensor
@@ -60,17 +61,21 @@ ROOM = _Room()
 
 
 def compute(
-    name: str, planned: PlannedTensor, device: torch.device, observe: Observer | None = None
+    name: str,
+    planned: PlannedTensor,
+    device: torch.device,
+    observe: Observer | None = None,
+    places: Mapping[str, int] | None = None,
 ) -> Tensor:
     """Read the sources of a planned tensor and combine them on the device. Returns a CPU tensor.
 
-    They are shown to the observer, if there is one. Raises Problems if a value is not finite, with
-    the name of its source.
+    They are shown to the observer, if there is one. `places` says where tensors will lie in files.
+    Raises Problems if a value is not finite, with the name of its source.
     """
     tensors = read_sources(planned)
     measuring = Measuring(math.prod(planned.shape)) if observe is not None else None
     try:
-        with watching(measuring):
+        with watching(measuring), placed((places or {}).get(name)):
             result = _combined(planned, tensors, device)
     except merge_methods.Undefined as error:
         raise Problems(f"{name}: {error}") from error

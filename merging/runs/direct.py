@@ -41,9 +41,24 @@ class DirectFile:
     def write(self, content: Any) -> None:
         """Append the bytes of an object that has the buffer protocol.
 
-        An error in writing them may be raised by a later call, or by `close`.
+        Many bytes that lie in memory as they will in the file are written from there. An error in
+        writing others may be raised by a later call, or by `close`.
         """
         rest = np.frombuffer(content, np.uint8) if len(content) else np.empty(0, np.uint8)
+        lies_well = (rest.ctypes.data - self._filled) % ALIGNMENT == 0
+        if self._direct and lies_well and len(rest) >= BUFFER:
+            begin = -self._filled % ALIGNMENT
+            end = begin + (len(rest) - begin) // ALIGNMENT * ALIGNMENT
+            self._append(rest[:begin])
+            self._wait()
+            self._flush(self._memory[0], 0, self._filled)
+            self._filled = 0
+            self._flush(rest, begin, end)
+            rest = rest[end:]
+        self._append(rest)
+
+    def _append(self, rest: Any) -> None:
+        """Copy bytes to the buffer, and write it whenever it is full."""
         while len(rest):
             size = min(len(rest), BUFFER - self._filled)
             buffer = np.frombuffer(self._memory[0], np.uint8)
@@ -76,7 +91,7 @@ class DirectFile:
         if written is not None:
             written.result()
 
-    def _flush(self, buffer: mmap.mmap, start: int, end: int) -> None:
+    def _flush(self, buffer: Any, start: int, end: int) -> None:
         view = memoryview(buffer)
         while start < end:
             try:

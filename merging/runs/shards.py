@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def write_shards(
 ) -> None:
     """Compute planned tensors and write them, with an index if there are several files."""
     names = [name for shard in shards.values() for name in shard]
-    task = partial(compute, device=device, observe=observe)
+    places = {
+        name: start for shard in shards.values() for name, start in places_in(shard, plan).items()
+    }
+    task = partial(compute, device=device, observe=observe, places=places)
     nbytes = nbytes_of(plan)
     with (
         computed(plan, names, task, device, threads) as tensors,
@@ -76,6 +80,28 @@ def write_shard(
     bar: Any,
 ) -> None:
     """Write a safetensors file: the size of the header, the header, the tensors' bytes."""
+    with closing(DirectFile(file)) as stream:
+        stream.write(_header(names, plan))
+        for name in names:
+            bar.set_postfix_str(name, refresh=False)
+            tensor, planned = next(tensors), plan[name]
+            if (tensor.shape, tensor.dtype) != (planned.shape, planned.dtype):
+                raise AssertionError(f"{name}: computed {tensor.dtype} {tuple(tensor.shape)}")
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            bar.update(tensor.nbytes)
+            if planned.method is not None:  # else it may be a mapped file
+                release(tensor)
+            del tensor  # a mapped file is let go before the next is asked for
+
+
+def places_in(names: Sequence[str], plan: Mapping[str, PlannedTensor]) -> dict[str, int]:
+    """Return at which byte of a file each tensor begins."""
+    ends = accumulate((plan[name].nbytes for name in names), initial=len(_header(names, plan)))
+    return dict(zip(names, ends, strict=False))
+
+
+def _header(names: Sequence[str], plan: Mapping[str, PlannedTensor]) -> bytes:
+    """Return what a safetensors file says of its tensors, which follow, after the size of that."""
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -89,18 +115,7 @@ def write_shard(
         }
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with closing(DirectFile(file)) as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            bar.set_postfix_str(name, refresh=False)
-            tensor, planned = next(tensors), plan[name]
-            if (tensor.shape, tensor.dtype) != (planned.shape, planned.dtype):
-                raise AssertionError(f"{name}: computed {tensor.dtype} {tuple(tensor.shape)}")
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
-            bar.update(tensor.nbytes)
-            if planned.method is not None:  # else it may be a mapped file
-                release(tensor)
-            del tensor  # a mapped file is let go before the next is asked for
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _write_index(file: Path, shards: Shards, plan: Mapping[str, PlannedTensor]) -> None:
