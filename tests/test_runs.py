@@ -136,7 +136,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     def drop(file: WatchedFile, start: int, size: int) -> None:
         dropped.append(start)
 
-    monkeypatch.setattr(computing, "CAN_LOAD", True)
+    monkeypatch.setattr("merging.models.tensors.CAN_LOAD", True)
     monkeypatch.setattr(WatchedFile, "load", load)
     monkeypatch.setattr(WatchedFile, "drop", drop)
     monkeypatch.setattr(computing, "available_memory", lambda: nbytes - (not fits))

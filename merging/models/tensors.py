@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.models.reading_ahead import load
+from merging.models.reading_ahead import CAN_LOAD, load
 from merging.problems import Problems
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,11 +75,9 @@ class WatchedFile:
         return torch.frombuffer(content, dtype=dtype, count=count, offset=start - page)
 
     def load(self, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
-        """Have bytes in memory before they are needed, as long as that is wanted."""
         load(self._stream.fileno(), start, size, is_wanted)
 
     def drop(self, start: int, size: int) -> None:
-        """Tell the system that bytes need not be kept in memory. It may do as it likes."""
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self._stream.fileno(), start, size, os.POSIX_FADV_DONTNEED)
@@ -118,6 +116,28 @@ class LazyTensor:
             yield self
         for part in self.parts:
             yield from part.stored()
+
+    def load(self, is_wanted: Callable[[], bool]) -> None:
+        """Have a stored tensor in memory before it is needed, as long as that is wanted.
+
+        Where the system cannot tell what is there already, it is only asked to.
+        """
+        if CAN_LOAD and self.file is not None and self.start is not None:
+            self.file.load(self.start, self.nbytes, is_wanted)
+            return
+        tensor = self.read()
+        if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
+            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)
+
+    def drop(self) -> None:
+        """Tell the system that a stored tensor need not be kept in memory, if its place is known.
+
+        It may do as it likes.
+        """
+        if self.file is not None and self.start is not None:
+            self.file.drop(self.start, self.nbytes)
 
     def check(self) -> None:
         """Raise Problems if a file that it is read from has changed."""

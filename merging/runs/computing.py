@@ -1,6 +1,5 @@
 """Compute the tensors of a plan, a few ahead of the one that is being written."""
 
-import ctypes
 import math
 import mmap
 import os
@@ -19,7 +18,6 @@ import merge_methods
 from merging.arithmetic.likeness import Measuring
 from merging.arithmetic.memory import placed
 from merging.arithmetic.watching import watching
-from merging.models.reading_ahead import CAN_LOAD
 from merging.models.tensors import LazyTensor
 from merging.plans.plan import PlannedTensor, uses
 from merging.problems import Problems
@@ -198,10 +196,7 @@ def computed(
     goes_on.set()
 
     def load(part: LazyTensor) -> None:
-        if CAN_LOAD and part.file is not None and part.start is not None:
-            reader.submit(part.file.load, part.start, part.nbytes, goes_on.is_set)
-        else:
-            _ask_for(part)
+        reader.submit(part.load, goes_on.is_set)
 
     try:
         yield _in_order(plan, names, task, pool, load, max(AHEAD, AHEAD // 8 * count))
@@ -244,19 +239,10 @@ def _in_order(
         yield future.result()
         held -= plan[name].nbytes
         for part in _stored(plan[name]) if is_too_large else ():
-            if part.file is not None and part.start is not None and used[part] == 1:
-                part.file.drop(part.start, part.nbytes)
+            if used[part] == 1:
+                part.drop()
 
 
 def _stored(planned: PlannedTensor) -> Iterator[LazyTensor]:
     for source in planned.sources:
         yield from source.stored()
-
-
-def _ask_for(part: LazyTensor) -> None:
-    """Ask the system to start reading a stored tensor, where it knows how."""
-    tensor = part.read()
-    if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)
