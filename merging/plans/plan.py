@@ -98,16 +98,15 @@ def planned(
     sources: tuple[LazyTensor, ...],
     given: LazyTensor,
     arguments: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
     own_rows: tuple[OwnRows, ...] = (),
     models: tuple[str, ...] = (),
 ) -> PlannedTensor:
     """Plan a tensor by a recipe's method, or as a copy: integers, and what has nothing done to it.
 
-    It is of the shape of the `given` tensor and, if a `dtype` is asked for, of that if it is of
-    floating-point numbers.
+    It is of the shape of the `given` tensor and, if it is of floating-point numbers, of the dtype
+    that the recipe asks for, if it does.
     """
-    target = dtype if dtype is not None and given.is_floating else given.dtype
+    target = getattr(torch, recipe.dtype) if recipe.dtype and given.is_floating else given.dtype
     is_copy = recipe.method is PASSTHROUGH and arguments["scale"] == 1.0
     if is_copy or not given.is_floating:
         return PlannedTensor(sources, given.shape, target, own_rows=own_rows, models=models)

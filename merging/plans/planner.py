@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence, Set
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from merging.models.checkpoints import Checkpoint, changed_config, meaning_warnings, says_tied
@@ -25,10 +24,7 @@ from merging.recipes.recipe import Recipe
 
 
 def plan_model(
-    recipe: Recipe,
-    models: Mapping[str, Checkpoint],
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    recipe: Recipe, models: Mapping[str, Checkpoint], trust_remote_code: bool = False
 ) -> Plan:
     """Say how each tensor of a model is made of the tensors that the named models store.
 
@@ -45,7 +41,7 @@ def plan_model(
         speakers = [speakers[0], *models.values()]  # of a stack, those in its middle too
     words = settle_words(structure, speakers, recipe, trust_remote_code)
     notes = list(words.notes)
-    tensors, problems = _plan_tensors(recipe, layout, words, dtype)
+    tensors, problems = _plan_tensors(recipe, layout, words)
     hidden, unused = _unused_filters(recipe, layout)
     problems += hidden
     refuse(problems + _misfits(layout, tensors, structure, whole=not recipe.is_stack))
@@ -69,7 +65,7 @@ def plan_model(
 
 
 def _plan_tensors(
-    recipe: Recipe, layout: Layout, words: Words, dtype: torch.dtype | None
+    recipe: Recipe, layout: Layout, words: Words
 ) -> tuple[dict[str, PlannedTensor], list[str]]:
     """Return how each tensor is made, and which numbers are missing or cannot be taken."""
     tensors: dict[str, PlannedTensor] = {}
@@ -83,7 +79,7 @@ def _plan_tensors(
         weights = None if lacking else arguments.get("weights")
         given, sources, own = words.match(role.given, role.operands, weights)
         owners = tuple(model.name for model, _ in role.operands)
-        tensors[name] = planned(recipe, sources, given, arguments, dtype, own, owners)
+        tensors[name] = planned(recipe, sources, given, arguments, own, owners)
         if lacking:
             missing.setdefault(lacking[0], []).append(name)
         elif refusal := recipe.refusal(arguments):

@@ -194,7 +194,6 @@ def _compute(
 
 def _likely_plan(recipe: Recipe, found: Mapping[str, Found]) -> dict[str, PlannedTensor]:
     """Return the plan of models that have the same tensors; raise if they have not."""
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     (part,) = recipe.slices
     stored = {name: read_folder(name, pair.folder) for name, pair in found.items()}
     operands = [source.model for source in recipe.operands(part)]
@@ -204,7 +203,7 @@ def _likely_plan(recipe: Recipe, found: Mapping[str, Found]) -> dict[str, Planne
         if any(source.shape != given.shape for source in sources):
             raise ValueError(f"{name}: not of one shape")
         arguments = recipe.arguments(part, name, 0.0)
-        plan[name] = planned(recipe, sources, given, arguments, dtype)
+        plan[name] = planned(recipe, sources, given, arguments)
     return plan
 
 

@@ -174,9 +174,8 @@ def _plan(
         device = choose_device(arguments.cuda)
     sizes = SIZES[:1] if recipe.is_stack else SIZES
     models = open_models(found, sizes, arguments, problems)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     try:
-        plan = plan_model(recipe, models, dtype, arguments.trust_remote_code)
+        plan = plan_model(recipe, models, arguments.trust_remote_code)
     except Problems as error:
         raise Problems(*problems, *error.problems) from error
     return list(models.values()), plan, device
