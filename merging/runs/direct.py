@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 BUFFER = 1 << 22  # bytes; written when full
+AT_ONCE = 1 << 24  # bytes; between them, signals are heard
 ALIGNMENT = 4096  # of addresses, positions and sizes in direct writes
 
 
@@ -95,7 +96,7 @@ class DirectFile:
         view = memoryview(buffer)
         while start < end:
             try:
-                start += os.write(self._descriptor, view[start:end])
+                start += os.write(self._descriptor, view[start : min(end, start + AT_ONCE)])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise OSError(
