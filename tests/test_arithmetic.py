@@ -1,6 +1,7 @@
 """Selection, sums and chunks: exact, and the same whatever the chunks are."""
 
 import math
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -329,6 +330,13 @@ def test_weighted_sums_of_16_bits_do_not_depend_on_fused_multiplication(dtype: t
     expected = torch.from_numpy(products[0] + products[1] + products[2]).to(dtype)
     assert torch.equal(weighted_sum(values, [0.3, 0.3, 0.4]), expected)
     assert weighted_sum(values, [math.nan, 0.3, 0.4]).isnan().all()
+
+
+def test_weights_at_the_ends_of_their_range() -> None:
+    x = torch.tensor([1.5, -2.0, 0.0], dtype=torch.bfloat16)
+    largest = weighted_sum([x, x], [sys.float_info.max, 0.5])
+    assert largest.tolist() == [math.inf, -math.inf, 0]
+    assert weighted_sum([x, x], [-0.0, 0.0]).signbit().tolist() == [False] * 3
 
 
 def test_weights_are_divided_by_their_sum_and_its_sign() -> None:

@@ -73,6 +73,14 @@ def test_a_model_whose_path_nobody_reads_is_a_success(make: Make, tmp_path: Path
     assert stored(tmp_path / "out")
 
 
+def test_who_watches_a_script_sees_its_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cProfile", "-o", tmp_path / "profile", main.__file__]
+    command += [tmp_path / "out", "--merge", tmp_path / "none", "--weight", "1"]
+    done = subprocess.run([*command, "--method", "linear"], stderr=subprocess.PIPE, text=True)
+    assert "there is none" in done.stderr
+    assert (tmp_path / "profile").stat().st_size > 1000
+
+
 def raising(error: Exception) -> Callable[[object], None]:
     def work(argv: object) -> None:
         raise error

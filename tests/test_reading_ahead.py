@@ -2,13 +2,14 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from merging.models import reading_ahead
-from merging.models.reading_ahead import STEP, load
+from merging.models.reading_ahead import STEP, load, loading_first
 
 pytestmark = pytest.mark.skipif(not reading_ahead.CAN_LOAD, reason="not known on this system")
 SIZE = 5 * STEP + 17
@@ -51,6 +52,23 @@ def test_nothing_is_read_that_nobody_wants(file: int, monkeypatch: pytest.Monkey
     done = reads(monkeypatch, lambda at: False)
     load(file, 0, SIZE, lambda: len(done) < 2)
     assert done == [(0, STEP), (STEP, STEP)]
+
+
+def test_first_parts_are_read_until_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, wanted = threading.Event(), []
+
+    def load(descriptor: int, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
+        wanted.append((start, size, is_wanted(), is_wanted))
+        begun.set()
+
+    monkeypatch.setattr(reading_ahead, "load", load)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    with loading_first([tmp_path]):
+        assert begun.wait(60)
+    assert [parts[:3] for parts in wanted] == [(0, 1000, True)]
+    assert not wanted[0][3]()
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EIO])

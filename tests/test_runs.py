@@ -21,6 +21,7 @@ from tqdm import tqdm
 import bakllama
 import main
 import merge_methods
+from merging.arithmetic import memory
 from merging.arithmetic.memory import empty_result, release
 from merging.models.tensors import LazyTensor, WatchedFile
 from merging.models.weight_files import read_file
@@ -84,6 +85,15 @@ def test_results_lie_in_memory_as_in_the_file(
         assert (placed.data_ptr() - place) % mmap.PAGESIZE == 0
     release(placed)
     assert empty_result(301_000, dtype, torch.device("cpu")).storage_offset() == 0
+
+
+def test_memory_of_the_largest_results_that_are_kept_is_used_again() -> None:
+    with memory.placed(8):
+        first = empty_result(1 << 26, torch.bfloat16, torch.device("cpu"))
+        address = first.data_ptr()
+        release(first)
+        assert empty_result(1 << 26, torch.bfloat16, torch.device("cpu")).data_ptr() == address
+    memory._unused.clear()
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "7"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 18  # bytes of a tensor; the C library keeps smaller pieces by itself
-KEPT = 1 << 27  # bytes that may lie unused
+KEPT = (1 << 27) + mmap.PAGESIZE  # bytes that may lie unused; of a result, with room to place it
 
 _LOCK = threading.Lock()
 _unused: list[Tensor] = []  # blocks of bytes, the last one used last

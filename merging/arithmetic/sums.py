@@ -65,7 +65,7 @@ def weighted_sum(
 
 def _in_few_digits(weight: float) -> float:
     """Round a weight so that float64 holds its products with numbers of 16 bits, of 11 digits."""
-    if not math.isfinite(weight):
+    if not 0 < abs(weight) < 1e300:  # 0, or beyond what can be rounded
         return weight
     mantissa, exponent = math.frexp(weight)
     return math.ldexp(round(math.ldexp(mantissa, DIGITS)), exponent - DIGITS)

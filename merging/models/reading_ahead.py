@@ -3,8 +3,8 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merging.models.folders import weight_files
@@ -44,16 +44,22 @@ def _holds(descriptor: int, at: int) -> bool:
     return True
 
 
-def load_first(folders: Iterable[Path]) -> None:
-    """Read the first parts of the models' weights, as far as they are there, in the background."""
+@contextmanager
+def loading_first(folders: Iterable[Path]) -> Iterator[None]:
+    """Read the first parts of models' weights, as far as they are there, beside what is done."""
+    goes_on = threading.Event()
+    goes_on.set()
     if CAN_LOAD:
         listed = list(dict.fromkeys(folders))
-        threading.Thread(
-            target=_load_first, args=(listed, AHEAD // max(1, len(listed))), daemon=True
-        ).start()
+        given = (listed, AHEAD // max(1, len(listed)), goes_on.is_set)
+        threading.Thread(target=_load_first, args=given, daemon=True).start()
+    try:
+        yield
+    finally:
+        goes_on.clear()
 
 
-def _load_first(folders: list[Path], size: int) -> None:
+def _load_first(folders: list[Path], size: int, is_wanted: Callable[[], bool]) -> None:
     for folder in folders:
         rest = size
         with suppress(OSError, Problems):  # whatever is wrong is found when the files are opened
@@ -61,7 +67,7 @@ def _load_first(folders: list[Path], size: int) -> None:
                 descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
                 try:
                     length = min(rest, os.fstat(descriptor).st_size)
-                    load(descriptor, 0, length, lambda: True)
+                    load(descriptor, 0, length, is_wanted)
                 finally:
                     os.close(descriptor)
                 rest -= length

@@ -120,6 +120,8 @@ def run(work: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 
 def leave(status: int) -> NoReturn:
     """End a script with its exit status, at once: to take torch apart takes a while, in vain."""
+    if sys.gettrace() or sys.getprofile():  # somebody watches, who has something to do at the end
+        sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with suppress(OSError, ValueError):  # as in `say_path`

@@ -14,7 +14,7 @@ from merging.models.folders import (
     read_json,
 )
 from merging.models.opening import Found, find_models, open_models
-from merging.models.reading_ahead import load_first
+from merging.models.reading_ahead import loading_first
 from merging.problems import Problems, collecting, reading, refuse, some
 from merging.recipes.options import shard_size_problems
 from merging.recipes.recipe import Recipe, table, with_dtype
@@ -64,9 +64,21 @@ def make(
     if not problems:
         say(table(recipe), quiet)
     found = _find(recipe, arguments, problems, other_inputs)
+    with loading_first(() if arguments.dry_run else [pair.folder for pair in found.values()]):
+        plan, shards = _begun(recipe, found, arguments, made_by, problems, by_itself)
     if not arguments.dry_run:
-        load_first(pair.folder for pair in found.values())
+        _say_made(plan, len(shards), time.monotonic() - started, arguments)
 
+
+def _begun(
+    recipe: Recipe,
+    found: Mapping[str, Found],
+    arguments: argparse.Namespace,
+    made_by: Mapping[str, str],
+    problems: list[str],
+    by_itself: bool,
+) -> tuple["Plan", "Shards"]:
+    """Make it, with a head start if it gets one."""
     # It loads torch, which takes its time; what is above does not wait for it.
     from merging.runs.head_start import head_start
 
@@ -74,9 +86,7 @@ def make(
     check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
     folder = staged(output, overwrite=arguments.overwrite, tell=say, check=check)
     with head_start(recipe, found, arguments, folder, by_itself and not problems) as start:
-        plan, shards = _made(recipe, found, arguments, made_by, problems, start)
-    if not arguments.dry_run:
-        _say_made(plan, len(shards), time.monotonic() - started, arguments)
+        return _made(recipe, found, arguments, made_by, problems, start)
 
 
 def _made(
