@@ -65,28 +65,16 @@ def make(
         say(table(recipe), quiet)
     found = _find(recipe, arguments, problems, other_inputs)
     with loading_first(() if arguments.dry_run else [pair.folder for pair in found.values()]):
-        plan, shards = _begun(recipe, found, arguments, made_by, problems, by_itself)
+        # It loads torch, which takes its time; what is above does not wait for it.
+        from merging.runs.head_start import head_start
+
+        output = Path(arguments.output)
+        check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
+        folder = staged(output, overwrite=arguments.overwrite, tell=say, check=check)
+        with head_start(recipe, found, arguments, folder, by_itself and not problems) as start:
+            plan, shards = _made(recipe, found, arguments, made_by, problems, start)
     if not arguments.dry_run:
         _say_made(plan, len(shards), time.monotonic() - started, arguments)
-
-
-def _begun(
-    recipe: Recipe,
-    found: Mapping[str, Found],
-    arguments: argparse.Namespace,
-    made_by: Mapping[str, str],
-    problems: list[str],
-    by_itself: bool,
-) -> tuple["Plan", "Shards"]:
-    """Make it, with a head start if it gets one."""
-    # It loads torch, which takes its time; what is above does not wait for it.
-    from merging.runs.head_start import head_start
-
-    output = Path(arguments.output)
-    check = lambda: refuse(overwrite_problems(output))  # noqa: E731 - what appeared meanwhile
-    folder = staged(output, overwrite=arguments.overwrite, tell=say, check=check)
-    with head_start(recipe, found, arguments, folder, by_itself and not problems) as start:
-        return _made(recipe, found, arguments, made_by, problems, start)
 
 
 def _made(
