@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from merging.models.folders import is_model
 from merging.problems import Problems, explain
@@ -87,26 +88,31 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in STOP_SIGNALS}
-    try:
+    with _handled(signal.SIG_IGN):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @contextmanager
 def postponed() -> Iterator[None]:
     """Heed the signals that ask to stop at the end of the `with`, in the main thread."""
     heard: list[int] = []
-    before = {each: signal.signal(each, lambda n, _: heard.append(n)) for each in STOP_SIGNALS}
+    try:
+        with _handled(lambda number, _: heard.append(number)):
+            yield
+    finally:
+        for number in heard[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def _handled(instead: Any) -> Iterator[None]:
+    """Handle the signals that ask to stop otherwise, in the main thread."""
+    before = {each: signal.signal(each, instead) for each in STOP_SIGNALS}
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        for number in heard[:1]:
-            signal.raise_signal(number)
 
 
 @contextmanager
