@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def write_shards(
 ) -> None:
     """Compute planned tensors and write them, with an index if there are several files."""
     names = [name for shard in shards.values() for name in shard]
-    places = {
-        name: start for shard in shards.values() for name, start in places_in(shard, plan).items()
-    }
+    places: dict[str, int] = {}
+    for shard in shards.values():
+        places |= places_in(shard, plan)
     task = partial(compute, device=device, observe=observe, places=places)
     nbytes = nbytes_of(plan)
     with (
@@ -96,22 +96,25 @@ def write_shard(
 
 def places_in(names: Sequence[str], plan: Mapping[str, PlannedTensor]) -> dict[str, int]:
     """Return at which byte of a file each tensor begins."""
-    ends = accumulate((plan[name].nbytes for name in names), initial=len(_header(names, plan)))
-    return dict(zip(names, ends, strict=False))
+    first = len(_header(names, plan))
+    return {name: first + begin for name, (begin, _) in _offsets(names, plan).items()}
+
+
+def _offsets(names: Sequence[str], plan: Mapping[str, PlannedTensor]) -> dict[str, tuple[int, int]]:
+    """Return where each tensor begins and ends in a file, after the header."""
+    ends = accumulate((plan[name].nbytes for name in names), initial=0)
+    return dict(zip(names, pairwise(ends), strict=True))
 
 
 def _header(names: Sequence[str], plan: Mapping[str, PlannedTensor]) -> bytes:
     """Return what a safetensors file says of its tensors, which follow, after the size of that."""
     codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        planned = plan[name]
-        begin, end = end, end + planned.nbytes
+    for name, offsets in _offsets(names, plan).items():
         header[name] = {
-            "dtype": codes[planned.dtype],
-            "shape": list(planned.shape),
-            "data_offsets": [begin, end],
+            "dtype": codes[plan[name].dtype],
+            "shape": list(plan[name].shape),
+            "data_offsets": offsets,
         }
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
