@@ -67,11 +67,10 @@ def _read_safetensors(model: str, file: Path) -> dict[str, LazyTensor]:
             names = [*opened.keys()]
         (size,) = struct.unpack("<Q", watched.read(8))
         header = json.loads(watched.read(size).decode())
-        places = {name: 8 + size + header[name]["data_offsets"][0] for name in names}
-        kinds = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in names}
+        kinds = [(header[name]["dtype"], tuple(header[name]["shape"])) for name in names]
+        starts = [8 + size + header[name]["data_offsets"][0] for name in names]
     tensors = {}
-    for name, start in places.items():
-        code, shape = kinds[name]
+    for name, (code, shape), start in zip(names, kinds, starts, strict=True):
         dtype = SAFETENSORS_DTYPES.get(code)
         if dtype is None:
             raise Problems(
