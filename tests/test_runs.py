@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,19 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     nbytes = sum(tensor.nbytes for tensor in [*once, *second])
 
     def load(file: WatchedFile, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
-        assert is_wanted()
         wanted.append(is_wanted)
         loaded.append(start)
 
     def drop(file: WatchedFile, start: int, size: int) -> None:
         dropped.append(start)
 
+    class Patient(ThreadPoolExecutor):
+        """Does all that it was asked for, also what comes too late."""
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=True)
+
+    monkeypatch.setattr(computing, "ThreadPoolExecutor", Patient)
     monkeypatch.setattr("merging.models.tensors.CAN_LOAD", True)
     monkeypatch.setattr(WatchedFile, "load", load)
     monkeypatch.setattr(WatchedFile, "drop", drop)
@@ -154,8 +161,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
         f"  - model: {model}\n    start: {start}\n    end: {start + 2}\n" for start in (0, 1)
     )
     assert bakllama.main([stack_file(tmp_path, f"layer_slices:\n{text}"), str(output)]) == 0
-    # Of the last ones, reading ahead may come too late.
-    assert {*loaded} <= {*_starts([*once, *second])} and len(loaded) <= len(once) + 2 * len(second)
+    assert sorted(loaded) == sorted(_starts([*once, *second, *second]))
     assert not any(is_wanted() for is_wanted in wanted)
     once.remove(tensors["model.norm.weight"])  # the last one written, after which all ends
     assert sorted(dropped) == ([] if fits else sorted(_starts(once)))
