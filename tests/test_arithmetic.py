@@ -33,6 +33,8 @@ from merge_methods import (
     ties,
 )
 from merging.arithmetic import chunks, memory, selection
+from merging.arithmetic.likeness import LIKENESS_CHUNK
+from merging.arithmetic.products import blocks
 from merging.arithmetic.selection import trim_threshold
 from merging.arithmetic.sums import cosine, gram_matrix, weighted_sum
 from merging.arithmetic.weights import normalized
@@ -307,6 +309,14 @@ def test_gram_matrix_holds_all_dot_products(dtype: torch.dtype, device: torch.de
     cosines = expected / torch.outer(expected.diag().sqrt(), expected.diag().sqrt())
     assert cosine(gram, 0, 1) == pytest.approx(float(cosines[0, 1]), abs=1e-6)
     assert cosine(gram, 2, 2) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("work", [torch.float32, torch.float64])
+def test_chunks_have_so_many_rows_that_numpy_lets_other_threads_run(work: torch.dtype) -> None:
+    for size in (chunks.chunk_size(1 << 30, torch.device("cpu"), work=work), LIKENESS_CHUNK):
+        (whole,) = blocks(torch.zeros(size, dtype=work))
+        assert math.prod(whole.shape[:-1]) > 500  # NPY_BEGIN_THREADS_THRESHOLDED of numpy
+        assert whole.size == size
 
 
 def test_cosine_with_a_zero_vector_is_zero() -> None:

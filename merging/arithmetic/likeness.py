@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from merging.arithmetic.chunks import Scratch, check_same_shape, chunks, load, work_dtype
-from merging.arithmetic.products import count_opposed, dot, rows
+from merging.arithmetic.products import blocks, count_opposed, dot
 
-LIKENESS_CHUNK = 1 << 17  # elements
+LIKENESS_CHUNK = 1 << 18  # elements
 MANY = 1 << 16  # elements from which errors of float32 cancel
 UNEQUAL = 1e-3  # squares of norms that are so much smaller than others take float64
 FAR = 0.2  # squares of distances, with those of norms, that float32 can tell
@@ -125,10 +125,10 @@ def _totals(flat: Sequence[Tensor], count: int, work: torch.dtype) -> Sums:
 
 def _sums(changes: Sequence[Tensor], made: Tensor, bases: Sequence[Tensor]) -> Sums:
     """Return the products of a chunk's changes, of what was made of them, and of their base."""
-    output, parts = rows(made), [rows(change) for change in changes]
+    output, parts = blocks(made), [blocks(change) for change in changes]
     sums: Sums = {("output", 0, 0): dot(output, output)}
     for base in bases:
-        origin = rows(base)
+        origin = blocks(base)
         sums["base", 0, 0] = dot(origin, origin)
     for i, change in enumerate(parts):
         sums["outputs", i, 0] = dot(output, change)
@@ -171,7 +171,7 @@ class Measuring:
     def kept(self, deltas: Sequence[Tensor]) -> None:
         self._sums[OPPOSED] = count_opposed(deltas, self._scratch)
         for i, (delta, change) in enumerate(zip(deltas, self._changes, strict=True)):
-            self._sums["kept", i, 0] = dot(rows(self._as_work("wide", delta)), rows(change))
+            self._sums["kept", i, 0] = dot(blocks(self._as_work("wide", delta)), blocks(change))
 
     def after(self, output: Tensor) -> None:
         made = self._scratch("made", self._work, output.numel())

@@ -7,27 +7,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Entries that are summed as one: in float32 so few that rounding stays small, in float64 so few
-# that no library divides them among threads.
-ROW = {torch.float32: 1 << 10, torch.float64: 1 << 12}
+# Entries: so few that a chunk has over 500 rows, as numpy keeps other threads waiting during less.
+ROW = 1 << 9
+BLOCK = 1 << 12  # entries that are summed as one: so few that rounding stays small in float32
 
 
-def rows(chunk: Tensor, length: int | None = None) -> list[Any]:
-    """Return a chunk as rows and what is left of them, as `dots` takes it.
+def blocks(chunk: Tensor) -> list[Any]:
+    """Return a chunk as blocks of rows and as what is left of them, as `dots` takes it.
 
     On a processor as arrays, as numpy multiplies them several times as fast as torch.
     """
-    size, length = chunk.numel(), length or ROW[chunk.dtype]
-    whole = size // length * length
-    parts = [chunk[:whole].view(-1, length)] if whole else []
-    parts += [chunk[whole:].view(1, -1)] if whole < size else []
+    size = chunk.numel()
+    whole = size // BLOCK * BLOCK
+    parts = [chunk[:whole].view(-1, BLOCK // ROW, ROW)] if whole else []
+    parts += [chunk[whole:].view(1, 1, -1)] if whole < size else []
     return [part.numpy() for part in parts] if chunk.device.type == "cpu" else parts
 
 
 def dots(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
-    """Return the dot products of rows, in their own dtype."""
+    """Return the dot products of blocks, in their own dtype."""
     return [
-        (a * b).sum(1) if isinstance(a, Tensor) else np.vecdot(a, b)
+        ((a * b).sum(2) if isinstance(a, Tensor) else np.vecdot(a, b)).sum(1)
         for a, b in zip(one, other, strict=True)
     ]
 
@@ -43,7 +43,7 @@ def listed(numbers: Sequence[Any]) -> list[float]:
 
 
 def dot(one: Sequence[Any], other: Sequence[Any]) -> float:
-    """Return a dot product: of each row in its own dtype, and their sum in float64."""
+    """Return a dot product: of each block in its own dtype, and their sum in float64."""
     return sum(
         float(part.sum(dtype=torch.float64 if isinstance(part, Tensor) else np.float64))
         for part in dots(one, other)

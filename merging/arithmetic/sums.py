@@ -20,10 +20,9 @@ from merging.arithmetic.chunks import (
     work_dtype,
 )
 from merging.arithmetic.memory import empty_result
-from merging.arithmetic.products import dots, listed, rows
+from merging.arithmetic.products import BLOCK, blocks, dots, listed
 
 DIGITS = 53 - 11  # binary digits of weights of numbers that have 11
-DOT_ROW = 1 << 12  # elements: so few that no library sums them on several threads
 
 Gram = list[list[float]]
 
@@ -143,13 +142,13 @@ def _dot_products(
     device: torch.device,
     select: Callable[[list[Tensor], Scratch], None] | None = None,
 ) -> dict[tuple[int, int], float]:
-    """Return products: those of rows in `work`, the sum of those exact.
+    """Return products: those of blocks in `work`, the sum of those exact.
 
-    Rows are of one length, so that no sum depends on threads or chunks. The first of the tensors
+    Blocks are of one length, so that no sum depends on threads or chunks. The first of the tensors
     may be the base of the others, which are then deltas.
     """
-    size = -(-chunk_size(flat[0].numel(), device, work=work) // DOT_ROW) * DOT_ROW
-    of_rows: dict[tuple[int, int], list[Any]] = {pair: [] for pair in pairs}
+    size = -(-chunk_size(flat[0].numel(), device, work=work) // BLOCK) * BLOCK
+    of_blocks: dict[tuple[int, int], list[Any]] = {pair: [] for pair in pairs}
     with Scratch(size, device) as scratch, np.errstate(all="ignore"):
         for chunk in chunks(flat[0].numel(), size):
             if has_base:
@@ -159,10 +158,10 @@ def _dot_products(
                 parts = [load(scratch(i, work, length), t[chunk]) for i, t in enumerate(flat)]
             if select is not None:
                 select(parts, scratch)
-            in_rows = [rows(part, DOT_ROW) for part in parts]
-            for (i, j), found in of_rows.items():
-                found += dots(in_rows[i], in_rows[j])
-    return {pair: exact_sum(listed(found)) for pair, found in of_rows.items()}
+            in_blocks = [blocks(part) for part in parts]
+            for (i, j), found in of_blocks.items():
+                found += dots(in_blocks[i], in_blocks[j])
+    return {pair: exact_sum(listed(found)) for pair, found in of_blocks.items()}
 
 
 def weighted_total(deltas: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:
