@@ -44,31 +44,31 @@ def reads(monkeypatch: pytest.MonkeyPatch, held: Callable[[int], bool]) -> list[
 
 def test_what_is_not_in_memory_is_read(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     done = reads(monkeypatch, lambda at: at // STEP in (1, 3))
-    load(file, 30, SIZE, lambda: True)
+    load(file, 30, SIZE, lambda: False)
     assert done == [(30 + STEP * i, 17 if i == 5 else STEP) for i in (0, 2, 4, 5)]
 
 
-def test_nothing_is_read_that_nobody_wants(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_after_the_end(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     done = reads(monkeypatch, lambda at: False)
-    load(file, 0, SIZE, lambda: len(done) < 2)
+    load(file, 0, SIZE, lambda: len(done) == 2)
     assert done == [(0, STEP), (STEP, STEP)]
 
 
 def test_first_parts_are_read_until_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, wanted = threading.Event(), []
+    begun, loaded = threading.Event(), []
 
-    def load(descriptor: int, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
-        wanted.append((start, size, is_wanted(), is_wanted))
+    def load(descriptor: int, start: int, size: int, is_over: Callable[[], bool]) -> None:
+        loaded.append((start, size, is_over(), is_over))
         begun.set()
 
     monkeypatch.setattr(reading_ahead, "load", load)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     with loading_first([tmp_path]):
         assert begun.wait(60)
-    assert [parts[:3] for parts in wanted] == [(0, 1000, True)]
-    assert not wanted[0][3]()
+    assert [parts[:3] for parts in loaded] == [(0, 1000, False)]
+    assert loaded[0][3]()
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EIO])
@@ -86,7 +86,7 @@ def test_systems_that_cannot_tell_are_asked(
 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(os, "posix_fadvise", fadvise)
-    load(file, 0, SIZE, lambda: True)
+    load(file, 0, SIZE, lambda: False)
     assert asked == [(STEP * i, STEP) for i in range(6)] * (code == errno.EOPNOTSUPP)
 
 
@@ -98,6 +98,6 @@ def test_a_file_is_in_memory_after_it_was_loaded(file: int) -> None:
             pytest.skip("not known on this file system")
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # which it may do, or not
-    load(file, 0, SIZE, lambda: True)
+    load(file, 0, SIZE, lambda: False)
     for at in range(0, SIZE, 4096):
         assert PREADV(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1

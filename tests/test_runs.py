@@ -127,7 +127,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
 ) -> None:
     """What is used once more is; and others may have use for what fits."""
     loaded: list[int] = []
-    wanted: list[Callable[[], bool]] = []
+    ends: list[Callable[[], bool]] = []
     dropped: list[int] = []
     model = make("llama", 1)
     tensors = read_file("", model / "model.safetensors")
@@ -139,8 +139,8 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     once = [*around, *first, *third]
     nbytes = sum(tensor.nbytes for tensor in [*once, *second])
 
-    def load(file: WatchedFile, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
-        wanted.append(is_wanted)
+    def load(file: WatchedFile, start: int, size: int, is_over: Callable[[], bool]) -> None:
+        ends.append(is_over)
         loaded.append(start)
 
     def drop(file: WatchedFile, start: int, size: int) -> None:
@@ -162,7 +162,7 @@ def test_inputs_larger_than_memory_are_not_kept_there(
     )
     assert bakllama.main([stack_file(tmp_path, f"layer_slices:\n{text}"), str(output)]) == 0
     assert sorted(loaded) == sorted(_starts([*once, *second, *second]))
-    assert not any(is_wanted() for is_wanted in wanted)
+    assert all(is_over() for is_over in ends)
     once.remove(tensors["model.norm.weight"])  # the last one written, after which all ends
     assert sorted(dropped) == ([] if fits else sorted(_starts(once)))
 

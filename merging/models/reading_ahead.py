@@ -15,16 +15,16 @@ STEP = 1 << 20  # bytes that are read at once
 CAN_LOAD = hasattr(os, "RWF_NOWAIT")  # whether it can be told what is in memory: on Linux
 
 
-def load(descriptor: int, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
+def load(descriptor: int, start: int, size: int, is_over: Callable[[], bool]) -> None:
     """Read what the system does not hold in memory of a part of a file, so that it does.
 
-    As long as it `is_wanted`. To ask the system to do so is not enough: it reads some megabytes of
+    Until it `is_over`. To ask the system to do so is not enough: it reads some megabytes of
     what it is asked for, and from then on keeps those waiting who need the next ones.
     """
     buffer = memoryview(b"")
     with suppress(OSError):  # which those meet who need it
         for at in range(start, start + size, STEP):
-            if not is_wanted():
+            if is_over():
                 return
             if not _holds(descriptor, at):
                 buffer = buffer or memoryview(bytearray(STEP))
@@ -47,19 +47,18 @@ def _holds(descriptor: int, at: int) -> bool:
 @contextmanager
 def loading_first(folders: Iterable[Path]) -> Iterator[None]:
     """Read the first parts of models' weights, as far as they are there, beside what is done."""
-    goes_on = threading.Event()
-    goes_on.set()
+    over = threading.Event()
     if CAN_LOAD:
         listed = list(dict.fromkeys(folders))
-        given = (listed, AHEAD // max(1, len(listed)), goes_on.is_set)
+        given = (listed, AHEAD // max(1, len(listed)), over.is_set)
         threading.Thread(target=_load_first, args=given, daemon=True).start()
     try:
         yield
     finally:
-        goes_on.clear()
+        over.set()
 
 
-def _load_first(folders: list[Path], size: int, is_wanted: Callable[[], bool]) -> None:
+def _load_first(folders: list[Path], size: int, is_over: Callable[[], bool]) -> None:
     for folder in folders:
         rest = size
         with suppress(OSError, Problems):  # whatever is wrong is found when the files are opened
@@ -67,7 +66,7 @@ def _load_first(folders: list[Path], size: int, is_wanted: Callable[[], bool]) -
                 descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
                 try:
                     length = min(rest, os.fstat(descriptor).st_size)
-                    load(descriptor, 0, length, is_wanted)
+                    load(descriptor, 0, length, is_over)
                 finally:
                     os.close(descriptor)
                 rest -= length

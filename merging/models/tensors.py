@@ -74,8 +74,8 @@ class WatchedFile:
         content = _map(self._stream.fileno(), page, size)
         return torch.frombuffer(content, dtype=dtype, count=count, offset=start - page)
 
-    def load(self, start: int, size: int, is_wanted: Callable[[], bool]) -> None:
-        load(self._stream.fileno(), start, size, is_wanted)
+    def load(self, start: int, size: int, is_over: Callable[[], bool]) -> None:
+        load(self._stream.fileno(), start, size, is_over)
 
     def drop(self, start: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -117,13 +117,13 @@ class LazyTensor:
         for part in self.parts:
             yield from part.stored()
 
-    def load(self, is_wanted: Callable[[], bool]) -> None:
-        """Have a stored tensor in memory before it is needed, as long as that is wanted.
+    def load(self, is_over: Callable[[], bool]) -> None:
+        """Have a stored tensor in memory before it is needed, unless the run `is_over`.
 
         Where the system cannot tell what is there already, it is only asked to.
         """
         if CAN_LOAD and self.file is not None and self.start is not None:
-            self.file.load(self.start, self.nbytes, is_wanted)
+            self.file.load(self.start, self.nbytes, is_over)
             return
         tensor = self.read()
         if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes > mmap.PAGESIZE:

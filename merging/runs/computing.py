@@ -192,16 +192,15 @@ def computed(
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // count))  # which torch uses for the work of each
     pool, reader = ThreadPoolExecutor(count), ThreadPoolExecutor(1)
-    goes_on = threading.Event()
-    goes_on.set()
+    over = threading.Event()
 
     def load(part: LazyTensor) -> None:
-        reader.submit(part.load, goes_on.is_set)
+        reader.submit(part.load, over.is_set)
 
     try:
         yield _in_order(plan, names, task, pool, load, max(AHEAD, AHEAD // 8 * count))
     finally:
-        goes_on.clear()
+        over.set()
         for each in (reader, pool):
             each.shutdown(cancel_futures=True)
         torch.set_num_threads(before)

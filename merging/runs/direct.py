@@ -51,9 +51,7 @@ class DirectFile:
             begin = -self._filled % ALIGNMENT
             end = begin + (len(rest) - begin) // ALIGNMENT * ALIGNMENT
             self._append(rest[:begin])
-            self._wait()
-            self._flush(self._memory[0], 0, self._filled)
-            self._filled = 0
+            self._write_buffers()
             self._flush(rest, begin, end)
             rest = rest[end:]
         self._append(rest)
@@ -76,15 +74,19 @@ class DirectFile:
     def close(self) -> None:
         """Write what is left and close the file."""
         try:
-            self._wait()
-            whole = self._filled // ALIGNMENT * ALIGNMENT
-            self._flush(self._memory[0], 0, whole)
-            if whole < self._filled:
+            if self._filled % ALIGNMENT:
+                self._wait()
                 self._go_ordinary()
-                self._flush(self._memory[0], whole, self._filled)
+            self._write_buffers()
         finally:
             self._writer.shutdown()
             os.close(self._descriptor)
+
+    def _write_buffers(self) -> None:
+        """Write what is in the buffers, of which the second may be on its way."""
+        self._wait()
+        self._flush(self._memory[0], 0, self._filled)
+        self._filled = 0
 
     def _wait(self) -> None:
         """Wait until the other buffer is written; raise what prevented it."""
