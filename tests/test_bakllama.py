@@ -1,11 +1,12 @@
 """bakllama.py: scale, sources, heads, and what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
-from helpers import Make, contents, loads_clean, rewrite, stack_file, stored
+from helpers import Make, contents, loads_clean, make_other, rewrite, stack_file, stored
 
 import bakllama
 from merging.arithmetic import memory
@@ -116,6 +117,19 @@ lm_head_source: {d}
     assert torch.equal(stacked[head], stored(d)[head])
     tokenizer = "tokenizer_config.json"
     assert (output / tokenizer).read_bytes() == (c / tokenizer).read_bytes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_has_no_head_keeps_what_its_config_says_of_ties(
+    tied: bool, output: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "classifier"
+    make_other("llama classifier", 1, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = f"layer_slices: [{{model: {folder}, start: 0, end: 2}}]"
+    assert bakllama.main([stack_file(tmp_path, text), str(output)]) == 0
+    assert tf.AutoConfig.from_pretrained(output).tie_word_embeddings is tied
 
 
 @pytest.mark.parametrize("ask", [False, True])

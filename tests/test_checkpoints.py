@@ -162,6 +162,26 @@ def test_names_without_the_base_prefix_are_aligned(
     loads_clean(tmp_path / "stack")
 
 
+def test_masks_of_old_checkpoints_do_not_hide_their_layers(make: Make, tmp_path: Path) -> None:
+    """The first GPT-2 on the Hub stores a mask in each layer, which transformers now computes."""
+    tensors = {n.removeprefix("transformer."): t for n, t in stored(make("gpt2", 2)).items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(6)}
+    bare = rewrite(make("gpt2", 2), tmp_path / "bare", tensors)
+    old = rewrite(make("gpt2", 2), tmp_path / "old", masks | tensors)
+    config = tmp_path / "stack.yml"
+    for first, second in (("{}", "{}"), ("{}", make("gpt2", 1)), (make("gpt2", 1), "{}")):
+        text = f"layer_slices: [{{{{model: {first}, start: 0, end: 3}}}}, "
+        text += f"{{{{model: {second}, start: 1, end: 4}}}}]"
+        outputs = []
+        for model in (bare, old):
+            config.write_text(text.format(model, model))
+            assert bakllama.main([str(config), str(tmp_path / "stack"), "--overwrite"]) == 0
+            outputs.append(stored(tmp_path / "stack"))
+        expected, found = outputs
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_computed_buffers_are_ignored_and_said_so(
     make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

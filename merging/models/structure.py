@@ -157,6 +157,12 @@ class Structure:
         return dict(self.model.state_dict())
 
     @cached_property
+    def _parents(self) -> set[str]:
+        """Where the wanted tensors are: the names of their modules, and of the modules of these."""
+        parts = (name.split(".") for name in self._wanted)
+        return {".".join(part[:i]) for part in parts for i in range(1, len(part))}
+
+    @cached_property
     def _renamings(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -195,6 +201,8 @@ class Structure:
 
         def rename(name: str) -> str:
             candidates = (name, prefix + name, name.removeprefix(prefix))
+            if COMPUTED_BUFFERS.search(name):  # which this one need not store
+                return next((c for c in candidates if c.rpartition(".")[0] in self._parents), name)
             return next((c for c in candidates if c in self._wanted), name)
 
         tensors = {rename(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -304,9 +312,10 @@ class Structure:
 
     def path_of(self, stack: str, stored: Iterable[str]) -> str:
         """Return where the model has the layers that are stored as `stack`.0, `stack`.1, ..."""
-        name = next(name for name in stored if name.startswith(f"{stack}."))
-        parameter = self.parameters_of([name])[name]
-        match = NUMBERED.match(parameter)
+        names = [name for name in stored if name.startswith(f"{stack}.")]
+        parameters = list(self.parameters_of(names).values())
+        known = (parameter for parameter in parameters if parameter in self._own)
+        match = NUMBERED.match(next(known, parameters[0]))
         return match["stack"] if match else stack
 
 

@@ -135,10 +135,11 @@ def _config(
 
     Of a merge it is the donor's, which says whether the output is tied.
     """
-    tied = not layout.untied
+    of_donor = says_tied(structure.config)
+    tied = not layout.untied if structure.ties else of_donor
     if recipe.is_stack:
-        return stacked_config(recipe, models, layout)
-    if structure.ties and says_tied(structure.config) != tied:
+        return stacked_config(recipe, models, layout, tied)
+    if of_donor != tied:
         return changed_config(structure.config, tie_word_embeddings=tied), set()
     return structure.config, set()
 

@@ -91,7 +91,7 @@ class Chosen(NamedTuple):
 
 
 def stacked_config(
-    recipe: Recipe, models: Mapping[str, Checkpoint], layout: Layout
+    recipe: Recipe, models: Mapping[str, Checkpoint], layout: Layout, tied: bool
 ) -> tuple[PretrainedConfig, Set[str]]:
     """Return the donor's config with the depth, and all that it says of layers, of the chosen ones.
 
@@ -109,7 +109,7 @@ def stacked_config(
     of_donor = chosen.configs[chosen.donor]
     depths = [*DEPTHS, *OTHER_DEPTHS]  # where a decoder has no encoder, some call it that too
     changes: dict[str, Any] = {key: after for key in depths if of_donor.get(key) == before}
-    changes |= _followed_lists(chosen) | {"tie_word_embeddings": not layout.untied}
+    changes |= _followed_lists(chosen) | {"tie_word_embeddings": tied}
     changes |= _sparse_steps(chosen, of_donor | changes)
     changes |= _followed_forms(chosen, of_donor | changes)
     singles = _followed_singles(models, chosen)
