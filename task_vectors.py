@@ -46,14 +46,15 @@ def ties(
     """Merge what each tensor changed of the base, by TIES (arXiv 2306.01708, section 4).
 
     1. Trim: keep the entries of delta_t whose magnitude is at least its k-th largest,
-       k = max(1, floor(density_t n)); equal magnitudes at the threshold are all kept. Given
+       k = max(1, floor(density_t n)), or none of density 0; equal magnitudes at the threshold are
+       all kept. Given
        `thresholds`, one a tensor, keep instead those that are at least that, in float32.
     2. Elect: per entry, the sign of sum_t w_t delta_t, or with `naive_count` the sign of
        sum_t sign(w_t delta_t); zero counts as +.
     3. Merge: per entry, the sum of the w_t delta_t that have the elected sign, divided by the sum
        of their w_t when normalising; 0 where none has it.
 
-    Returns base + lambda merged. Raises ValueError if a density is outside (0, 1], or a weight is
+    Returns base + lambda merged. Raises ValueError if a density is outside [0, 1], or a weight is
     negative while normalising.
     """
     check_densities(densities)
@@ -91,7 +92,7 @@ def dare_linear(
     """Drop entries of the changes at random, rescale the others, add them up (arXiv 2311.03099).
 
     base + lambda sum_t w_t m_t delta_t / density_t, where m_t is 1 with the probability density_t
-    in (0, 1], else 0, as a function of keys[t], an integer, and the entry's index alone. Over
+    in [0, 1], else 0, as a function of keys[t], an integer, and the entry's index alone. Over
     sum_t w_t when normalising; not divided by the density without `rescale`.
     """
     drop = _dropping(tensors, densities, keys, rescale)
@@ -153,7 +154,8 @@ def della_linear(
     magnitude in its row (the last dimension; a tensor of one dimension is one row), from
     density_t - epsilon_t to density_t + epsilon_t, both in (0, 1); what is kept is divided by p,
     unless not to `rescale`. Of equal magnitudes the later one has the higher rank. Whether an entry
-    is kept is a function of keys[t], its index and its p alone. Over sum_t w_t when normalising.
+    is kept is a function of keys[t], its index and its p alone. A density_t of 1 keeps all, one of
+    0 nothing, whatever epsilon_t is. Over sum_t w_t when normalising.
     """
     prune = _pruning(tensors, densities, epsilons, keys, rescale)
     add = addition(weights, normalize)
@@ -224,7 +226,8 @@ def breadcrumbs(
     """Drop the largest and the smallest entries of the changes, add the others (arXiv 2312.06795).
 
     Of the n magnitudes of delta_t, the floor(gamma_t n) largest are dropped, and the smallest until
-    floor(density_t n) are left, at least 1; if there are too few, fewer of the largest are dropped.
+    floor(density_t n) are left, at least 1 unless density_t is 0; if there are too few, fewer of
+    the largest are dropped.
     Equal magnitudes at either end are all kept. base + lambda sum_t w_t of what is left, over
     sum_t w_t when normalising.
     """
@@ -267,6 +270,9 @@ def _between(
     bounds = []
     for tensor, density, gamma in zip(tensors, densities, gammas, strict=True):
         entries = magnitudes(base, tensor, device, work)
+        if density == 0:
+            bounds.append((math.inf, math.inf))
+            continue
         kept = max(1, math.floor(density * count))
         above = max(0, min(math.floor(gamma * count), count - kept))
         low = float_below(kth_largest(entries, above + kept), work) if above + kept < count else 0

@@ -233,6 +233,10 @@ BAD = {
         TIES + "parameters: {density: 0}",
         ["7: parameters.density: expected density in (0, 1], found 0"],
     ),
+    "a density of 0 everywhere": (
+        TIES + "parameters:\n  density: [{filter: mlp, value: 0}, {value: [0, 0]}]",
+        ["8: parameters.density: expected density in (0, 1], found 0"],
+    ),
     "a density of percents": (
         TIES + "parameters:\n  density:\n    - filter: mlp\n      value: [0.5, 50]\n    - value: 1",
         ["10: parameters.density[0].value: expected density in (0, 1], found 50"],

@@ -535,13 +535,24 @@ def test_numbers_outside_of_their_range_are_refused(row: Method, parameter: Para
 
 
 @pytest.mark.parametrize("name", ["della", "della_linear"])
-@pytest.mark.parametrize("density, epsilon", [(0.25, 0.25), (0.75, 0.25), (0.9, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("density, epsilon", [(0.25, 0.25), (0.75, 0.25), (0.9, 0.3)])
 def test_probabilities_of_0_and_1_are_refused(name: str, density: float, epsilon: float) -> None:
     (text,) = problems_of(given(METHODS[name], density=density, epsilon=epsilon))
     assert f"a density of {density:g} and an epsilon of {epsilon:g}: expected" in text
-    less = math.nextafter(epsilon, 0) if epsilon else 0.0
+    less = math.nextafter(epsilon, 0)
     near = given(METHODS[name], density=math.nextafter(density, 0.5), epsilon=less)
     assert bool(problems_of(near)) == (density == 0.9)
+    assert not problems_of(given(METHODS[name], density=1.0, epsilon=epsilon))  # all are kept
+
+
+@pytest.mark.parametrize("row, density", parameters(lambda p: p.name == "density"))
+def test_a_density_of_0_is_for_some_tensors_only(row: Method, density: Parameter) -> None:
+    rest = without(given(row), "--density")
+    for words in ("--density 0", "--density 0,0", "--density mlp:0 --density 0"):
+        found = problems_of([*rest, *words.split()])
+        assert found == ["--density: expected a number in (0, 1], got 0"] * len(found) != []
+    for words in ("--density 0,1", "--density mlp:0 --density 1"):
+        assert problems_of([*rest, *words.split()]) == []
 
 
 @pytest.mark.parametrize("row, parameter", parameters(lambda p: p.is_seed))

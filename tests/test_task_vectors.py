@@ -562,12 +562,50 @@ TWO = [torch.ones(2, 2), torch.zeros(2, 2)]
         lambda bad: dare_ties(ONE, [ONE], [1], [bad], [0]),
     ],
 )
-@pytest.mark.parametrize("bad", [0.0, -0.5, 1.01, math.nan])
+@pytest.mark.parametrize("bad", [-0.01, -0.5, 1.01, math.nan])
 def test_densities_outside_their_range_are_refused(
     call: Callable[[float], Tensor], bad: float
 ) -> None:
     with pytest.raises(ValueError, match="densit"):
         call(bad)
+
+
+def keeping(method: Callable[..., Tensor], count: int) -> dict[str, Any]:
+    """Return what a method that keeps some entries takes besides densities."""
+    epsilons, gammas, keys = {"epsilons": EPSILONS}, {"gammas": GAMMAS}, {"keys": KEYS}
+    own: dict[Any, dict[str, Any]] = {breadcrumbs: gammas, breadcrumbs_ties: gammas, ties: {}}
+    own |= {dare_linear: keys, dare_ties: keys}
+    own |= {della: epsilons | keys, della_linear: epsilons | keys}
+    return {name: values[:count] for name, values in own[method].items()}
+
+
+KEEPING = [breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear, ties]
+
+
+@pytest.mark.parametrize("method", KEEPING)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_density_of_0_keeps_nothing(method: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    base = randoms(1, (13, 37), dtype)[0]
+    a, b = finetunes(base, 2)
+    rest = keeping(method, 2)
+    without = method(base, [a, base], WEIGHTS[:2], [0.5, 0.5], **rest)
+    assert torch.equal(method(base, [a, b], WEIGHTS[:2], [0.5, 0.0], **rest), without)
+    b[3, 4] = math.inf  # which is to be found nevertheless
+    broken = method(base, [a, b], WEIGHTS[:2], [0.5, 0.0], **rest)
+    assert not torch.isfinite(broken[3, 4])
+
+
+@pytest.mark.parametrize("method, whole", [(della_linear, task_arithmetic), (della, ties)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_density_of_1_keeps_all(
+    method: Callable[..., Tensor], whole: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    base = randoms(1, (13, 37), dtype)[0]
+    a, b = finetunes(base, 2)
+    densities = [[1.0, 1.0]] if whole is ties else []
+    expected = whole(base, [a, b], WEIGHTS[:2], *densities)
+    found = method(base, [a, b], WEIGHTS[:2], [1.0, 1.0], EPSILONS[:2], KEYS[:2])
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("method", [della, della_linear])

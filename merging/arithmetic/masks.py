@@ -75,7 +75,7 @@ def keep_at_random(
     """Keep each entry with the probability `density`, and divide what is kept by that."""
     if density < 1:
         _keep_below(delta, random_numbers(key, part, scratch), _limit(density))
-        if rescale:
+        if rescale and density > 0:
             delta.mul_(1 / density)
 
 
@@ -92,8 +92,12 @@ def keep_by_rank(
     """Keep each entry with a probability by its rank in its row; divide what is kept by that.
 
     From density - epsilon for the smallest magnitude of a row to density + epsilon for the largest,
-    evenly; of equal magnitudes, later ones are larger. The only one of a row has `density`.
+    evenly; of equal magnitudes, later ones are larger. The only one of a row has `density`. A
+    density of 0 or 1 is that of all entries.
     """
+    if density in {0, 1}:
+        delta.mul_(density)
+        return
     by_rank = torch.arange(row_length, dtype=torch.float64, device=delta.device)
     if row_length > 1:
         by_rank.mul_(2 * epsilon / (row_length - 1)).add_(density - epsilon)

@@ -32,10 +32,12 @@ def trim_threshold(
     """Return the largest float below the k-th largest |tensor - base|.
 
     k = max(1, floor(density n)) for a density in (0, 1]: those above the result are to be kept,
-    equal magnitudes all alike. NaN is largest. Changes are computed in `work`, in which they must
-    then be compared.
+    equal magnitudes all alike. NaN is largest; of density 0, nothing finite is above the result.
+    Changes are computed in `work`, in which they must then be compared.
     """
     entries = magnitudes(base, tensor, device, work)
+    if density == 0:
+        return torch.finfo(entries.work).max
     k = max(1, math.floor(density * entries.number))
     return 0.0 if k >= entries.number else float_below(kth_largest(entries, k), entries.work)
 

@@ -19,12 +19,15 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def are_probabilities(density: float, epsilon: float) -> bool:
-    """Whether density - epsilon and density + epsilon are in (0, 1), as della needs it."""
-    return 0 < density - epsilon <= density + epsilon < 1
+    """Whether density - epsilon and density + epsilon are in (0, 1), as della needs it.
+
+    Or the density is 0, where nothing is kept, or 1, where all is.
+    """
+    return density in {0, 1} or 0 < density - epsilon <= density + epsilon < 1
 
 
 def check_densities(densities: Sequence[float]) -> None:
-    check_range(densities, "densities in (0, 1]", lambda density: 0 < density <= 1)
+    check_range(densities, "densities in [0, 1]", lambda density: 0 <= density <= 1)
 
 
 def check_range(values: Sequence[float], expected: str, allows: Callable[[float], bool]) -> None:

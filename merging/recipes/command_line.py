@@ -180,8 +180,7 @@ def value_problems(recipe: Recipe) -> list[str]:
         what = "a number" if parameter.name == parameter.option[2:] else parameter.name
         problems += [
             f"{parameter.option}: expected {what} in {parameter.range}, got {value:g}"
-            for value in sorted(schedule.every_value())
-            if not parameter.allows(value)
+            for value in parameter.refused(schedule.every_value())
         ]
         problems += [
             f"{parameter.option}: {value:g} is too small to compute with"

@@ -1,7 +1,7 @@
 """What a row of the table of methods says: a method, and the parameters that it takes."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -19,7 +19,7 @@ class Parameter:
     per_model: bool = False  # one for each model to merge, rather than one for all
     low: float = -math.inf
     high: float = math.inf
-    above_low: bool = False  # whether `low` itself is too low
+    above_low: bool = False  # whether a value must be above `low` somewhere in the model
     below_high: bool = False  # whether `high` itself is too high
     words: tuple[str, str] = ("", "")  # what a table says of a switch that is off, or on
     choices: tuple[str, ...] = ()
@@ -51,8 +51,13 @@ class Parameter:
         )
 
     def allows(self, value: float) -> bool:
-        above = self.low < value if self.above_low else self.low <= value
-        return above and (value < self.high if self.below_high else value <= self.high)
+        return self.low <= value and (value < self.high if self.below_high else value <= self.high)
+
+    def refused(self, values: Collection[float]) -> list[float]:
+        """Return which of the values that hold somewhere in a model cannot."""
+        if self.above_low and set(values) == {self.low}:
+            return [self.low]
+        return sorted(value for value in values if not self.allows(value))
 
 
 ORIGIN = "the model that the others were fine-tuned from (required)"

@@ -36,7 +36,7 @@ def probabilities(arguments: Mapping[str, Any]) -> str | None:
         if not are_probabilities(density, epsilon):
             return (
                 f"a density of {density:g} and an epsilon of {epsilon:g}: expected density - "
-                "epsilon and density + epsilon in (0, 1); use a smaller epsilon"
+                "epsilon and density + epsilon in (0, 1), or a density of 1; use a smaller epsilon"
             )
     return None
 
@@ -59,7 +59,7 @@ LAMBDA = Parameter("lambda", "factor of the merged change", default=1.0, argumen
 LAMBDA_WITH_BASE = replace(LAMBDA, with_base=True)
 DENSITY = Parameter(
     "density",
-    "share of a model's changes to keep, in (0, 1]",
+    "share of a model's changes to keep, in (0, 1]; 0 for some tensors only",
     argument="densities",
     per_model=True,
     low=0,
