@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Make, fails, linear, loads_clean, make_other, rewrite, stored
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import bakllama
 from merging.models.weight_files import read_file
@@ -180,6 +181,26 @@ def test_masks_of_old_checkpoints_do_not_hide_their_layers(make: Make, tmp_path:
         expected, found = outputs
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_experts_in_two_forms_are_refused_with_what_to_do(
+    make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = make("mixtral", 1), make("mixtral", 2)
+    fused = {}
+    for model in (one, other):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        fused[model] = tmp_path / f"fused-{model.name}"
+        loaded.save_pretrained(fused[model], save_original_format=False)
+    for models in ((one, fused[other]), (fused[other], one)):
+        assert linear(output, *models) == 2
+        text = capsys.readouterr().err
+        assert f"{models[1]}: stores model.layers.0.mlp.experts.down_proj, " in text
+        assert "save_original_format=False" in text and "experts.0" not in text
+    assert linear(output, fused[one], fused[other]) == 0
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    a, b = (stored(fused[model])[name].double() for model in (one, other))
+    assert torch.equal(stored(output)[name], ((a + b) / 2).bfloat16())
 
 
 def test_computed_buffers_are_ignored_and_said_so(

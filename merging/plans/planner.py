@@ -116,6 +116,15 @@ def _misfits(
                         integers.append(f"{stored} ({source.dtype})")
         extra = model.tensors.keys() - taken - layout.ignored - structure.ties.keys()
         extra -= layout.roles.keys()  # such as integers, of which only the donor's are taken
+        found, wanted = structure.parameters_of(extra), structure.parameters_of(missing)
+        if alike := set(found.values()) & set(wanted.values()):
+            problems.append(
+                f"{model.name}: stores {some(alike)} in other tensors than the donor, as each "
+                "expert on its own; load all models with transformers and call "
+                "save_pretrained(folder, save_original_format=False), to have them in one form"
+            )
+            extra = {name for name in extra if found[name] not in alike}
+            missing = [name for name in missing if wanted[name] not in alike]
         if missing:
             problems.append(f"{model.name}: misses {some(missing)}, which the output needs")
         if extra and whole:
