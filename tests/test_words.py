@@ -903,6 +903,25 @@ def test_what_cannot_be_had(
     assert said.format(*names) in fails(capsys, *command("ties", output, names), *given)
 
 
+@pytest.mark.parametrize("text", ["{% for x in %}", "{% if a %}{{ b }}", "{{ a }", "{% own %}"])
+def test_a_template_that_cannot_be_read_is_refused(
+    text: str, make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = three(make, tmp_path, None, None, None)
+    file = tmp_path / "mine.jinja"
+    file.write_text(text)
+    given = command("ties", output, names)
+    found = fails(capsys, *given, "--chat-template", str(file))
+    assert f"--chat-template: {file} is no template: Template" in found
+    assert "--chat-template: its text is no template: T" in fails(
+        capsys, *given, "--chat-template", text
+    )
+    file.write_text("{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}")
+    with file.open("a") as stream:
+        stream.write("{% endfor %}")  # what transformers adds to the language
+    assert main.main([*given, "--chat-template", str(file)]) == 0
+
+
 @pytest.mark.parametrize("number", ["0", "x", "-8", "1000000"])
 def test_a_multiple_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from merging.models.checkpoints import Checkpoint
 from merging.models.folders import as_json, files_of_a_model, read_json
 from merging.models.tokens import ROLES, Tokens, roles
@@ -110,14 +112,19 @@ def choose_template(
 def _given(wish: str, names: Mapping[str, object]) -> Template:
     """Return the template of a file, or of the text itself."""
     if "{" in wish or "\n" in wish:
-        return Template({"default": wish})
-    if not as_path(wish).is_file():
+        text, name = wish, "its text"
+    elif as_path(wish).is_file():
+        name = wish
+        with reading("--chat-template", name):
+            text = read_text(as_path(wish))
+    else:
         raise Problems(
             f"--chat-template {wish}: expected auto, donor, a model that is merged "
             f"({', '.join(names)}), or a file"
         )
-    with reading("--chat-template", wish):
-        return Template({"default": read_text(as_path(wish))})
+    with reading("--chat-template", f"{name} is no template"):
+        render_jinja_template([], chat_template=text)  # of no conversation: only to read it
+    return Template({"default": text})
 
 
 def _automatic(
