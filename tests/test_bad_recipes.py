@@ -115,6 +115,11 @@ BAD = {
         f"{PAIR}      - {{model: a, layer_range: [0, 4]}}\n    base_model: a",
         ["8: slices[0].base_model: one base is for all slices"],
     ),
+    "weights that cancel in the last layer": (
+        "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: [1, 2]}}\n"
+        "  - {model: b, parameters: {weight: [1, -2]}}",
+        ["2: models: at the last layer: weights [2.0, -2.0] sum to 0"],
+    ),
     "no range": (
         f"{STACK}  - sources:\n      - model: a",
         ["4: slices[0].sources[0].layer_range: expected [first layer, layer after the last]"],

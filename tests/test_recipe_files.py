@@ -715,9 +715,18 @@ models: [{model: c}]
     assert recipe.slices[0].sources[0].where.endswith("README.md, line 15: models[0].layer_range")
 
 
+def test_a_slice_may_repeat_the_base(tmp_path: Path) -> None:
+    layers = "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]"
+    text = "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nslices:\n"
+    text += f"  - sources: {layers}\n"
+    plain, repeated = read(text, tmp_path), read(text + "    base_model: a\n", tmp_path)
+    assert repeated.models == plain.models == ("a", "b")
+    assert repeated.schedules() == plain.schedules()
+
+
 def test_blocks_of_a_card() -> None:
     text = "````md\n```yaml\na\n```\n````\n```yaml title\nb\n  c\n```\n~~~\nd\n~~~\n```yml\nopen\n"
-    assert fenced_blocks(text) == [(7, "b\n  c\n"), (11, "d\n")]
+    assert fenced_blocks(text) == [(7, "b\n  c\n"), (11, "d\n"), (14, "open\n")]
 
 
 # Options of each method that say something that mergekit's YAML has other words for, or none.

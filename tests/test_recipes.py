@@ -143,7 +143,7 @@ def test_weights_are_paired(arguments: str, weights: tuple[float, ...]) -> None:
         ("--method nearswap --merge a --merge b --weight 1", "one model besides the base; got 2"),
         ("--method model_stock --merge a", "at least 2 models besides the base; got 1"),
         ("--method dare_ties --merge a --weight 1 --density 1 --seed 1 --gamma 0.1", "--gamma is"),
-        ("--merge a --density 0.5,0", r"\(0, 1\], got 0"),
+        ("--merge a --density 0,0", r"\(0, 1\], got 0"),
         ("--merge a --weight 1,-1", "--no-normalize"),
         ("--merge a --merge b --weight 0,1 --merge c", "--weight 0,1 stands between"),
     ],

@@ -4,6 +4,7 @@ A merge of whole models is one slice of several sources; a stack of layers has s
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,9 +146,15 @@ class Recipe:
         Those are there in any model; what lies between is seen to when that is known.
         """
         words = {word for _, _, s in self.schedules(part) for word, _ in s.filters}
-        given = [self.arguments(part, name, place) for name in ("", *words) for place in (0, 1)]
-        found = {self.refusal(each) for each in given if not self.missing(part, each)}
-        return sorted(filter(None, found))
+        found: dict[str, set[str]] = {}
+        for name, (place, where) in itertools.product(("", *words), enumerate(("first", "last"))):
+            given = self.arguments(part, name, place)
+            if not self.missing(part, given) and (text := self.refusal(given)):
+                found.setdefault(text, set()).add(where)
+        return sorted(
+            text if len(places) > 1 else f"at the {places.pop()} layer: {text}"
+            for text, places in found.items()
+        )
 
     def in_need_of_one_number(self) -> list[Parameter]:
         """Return the parameters whose value needs one number for whole models, and lacks it."""

@@ -107,15 +107,18 @@ def _find(path: Path) -> tuple[Document, list[str]]:
 
 
 def fenced_blocks(text: str) -> list[tuple[int, str]]:
-    """Return the blocks of YAML, or of no language, in Markdown: the first line, the content."""
+    """Return the blocks of YAML, or of no language, in Markdown: the first line, the content.
+
+    One that is not closed goes on to the end.
+    """
     found: list[tuple[int, str]] = []
     opened: re.Match[str] | None = None
     content: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        fence = FENCE.fullmatch(line)
+    for number, line in enumerate([*text.splitlines(), None], 1):
+        fence = FENCE.fullmatch(line or "")
         if opened is None:
             opened, content = fence, []
-        elif fence and fence[2].startswith(opened[2]) and not fence[3]:
+        elif line is None or (fence and fence[2].startswith(opened[2]) and not fence[3]):
             if opened[3].lower() in ("", "yaml", "yml"):
                 found.append((number - len(content), "".join(f"{line}\n" for line in content)))
             opened = None

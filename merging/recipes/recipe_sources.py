@@ -30,7 +30,6 @@ REFUSED_OF_A_MODEL = {
 }
 REFUSED_OF_A_SLICE = {
     **MISPLACED,
-    "base_model": "one base is for all slices; write it at the top",
     "residual_weight": "nothing here has it; passthrough has a `scale`, with filters",
 }
 
@@ -97,7 +96,11 @@ def read_slices(reader: Reader, entries: Sequence[Any], outer: Values) -> list[S
 
 def _read_slice(reader: Reader, entry: Any, path: str, outer: Values) -> Slice:
     document = reader.document
-    fields = Fields(document, entry, path, ("sources", "parameters"), REFUSED_OF_A_SLICE)
+    known = ("sources", "parameters", "base_model")
+    fields = Fields(document, entry, path, known, REFUSED_OF_A_SLICE)
+    own, place = fields.take("base_model", is_anything, "", None), fields.at("base_model")
+    if own is not None and read_model(document, own, place) != reader.base:
+        document.wrong(place, "one base is for all slices; write it at the top")
     entries = fields.take("sources", is_list, "a list of sources") or ()
     given = fields.take("parameters", is_anything, "", None)
     values = read_values(reader, given, fields.at("parameters"), "slice")
