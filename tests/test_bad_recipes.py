@@ -115,6 +115,10 @@ BAD = {
         f"{PAIR}      - {{model: a, layer_range: [0, 4]}}\n    base_model: a",
         ["8: slices[0].base_model: one base is for all slices"],
     ),
+    "no base of a slice": (
+        f"{PAIR}      - {{model: a, layer_range: [0, 4]}}\n    base_model: 5",
+        ["error: recipe.yml, ", "8: slices[0].base_model: expected the name of a model"],
+    ),
     "weights that cancel in the last layer": (
         "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: [1, 2]}}\n"
         "  - {model: b, parameters: {weight: [1, -2]}}",
@@ -236,11 +240,11 @@ BAD = {
     ),
     "a density of 0": (
         TIES + "parameters: {density: 0}",
-        ["7: parameters.density: expected density in (0, 1], found 0"],
+        ["3: models: expected density in (0, 1], found 0 for all of a"],
     ),
     "a density of 0 everywhere": (
         TIES + "parameters:\n  density: [{filter: mlp, value: 0}, {value: [0, 0]}]",
-        ["8: parameters.density: expected density in (0, 1], found 0"],
+        ["3: models: expected density in (0, 1], found 0 for all of a"],
     ),
     "a density of percents": (
         TIES + "parameters:\n  density:\n    - filter: mlp\n      value: [0.5, 50]\n    - value: 1",

@@ -183,6 +183,23 @@ def test_masks_of_old_checkpoints_do_not_hide_their_layers(make: Make, tmp_path:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_buffers_of_old_checkpoints_follow_their_layers_prefix(make: Make, tmp_path: Path) -> None:
+    tensors = {n.removeprefix("model."): t for n, t in stored(make("llama", 2)).items()}
+    buffers = {f"layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(6)}
+    old = rewrite(make("llama", 2), tmp_path / "old", tensors | buffers)
+    config, outputs = tmp_path / "stack.yml", []
+    for model in (old, make("llama", 2)):
+        config.write_text(
+            f"layer_slices: [{{model: {make('llama', 1)}, start: 0, end: 3}}, "
+            f"{{model: {model}, start: 1, end: 4}}]"
+        )
+        assert bakllama.main([str(config), str(tmp_path / "stack"), "--overwrite"]) == 0
+        outputs.append(stored(tmp_path / "stack"))
+    found, expected = outputs
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_experts_in_two_forms_are_refused_with_what_to_do(
     make: Make, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

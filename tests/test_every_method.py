@@ -550,7 +550,9 @@ def test_a_density_of_0_is_for_some_tensors_only(row: Method, density: Parameter
     rest = without(given(row), "--density")
     for words in ("--density 0", "--density 0,0", "--density mlp:0 --density 0"):
         found = problems_of([*rest, *words.split()])
-        assert found == ["--density: expected a number in (0, 1], got 0"] * len(found) != []
+        models = [b for a, b in itertools.pairwise(rest) if a == "--merge"]
+        expected = "--density: expected a number in (0, 1], got 0 for all of "
+        assert found == [expected + model for model in models] != []
     for words in ("--density 0,1", "--density mlp:0 --density 1"):
         assert problems_of([*rest, *words.split()]) == []
 

@@ -14,6 +14,7 @@ from helpers import Make, contents, fails, loads_clean, make_adapter, stored, wo
 from oracles import linear_oracle, slerp_oracle, ties_oracle, ulps
 
 import main
+from merging.problems import Problems
 from merging.recipes.chat_templates import BY_NAME
 from merging.recipes.methods import METHODS
 from merging.recipes.numbers import Schedule
@@ -713,6 +714,33 @@ models: [{model: c}]
     assert recipe.models == ("a",) and recipe.text.startswith("name: first\nmerge_method: linear\n")
     assert any("has 2 recipes; this is the first" in note for note in recipe.notes)
     assert recipe.slices[0].sources[0].where.endswith("README.md, line 15: models[0].layer_range")
+
+
+@pytest.mark.parametrize("rest", ["", "parameters: {density: 0.5}\n"])
+def test_a_density_of_0_for_some_tensors_alone(rest: str, tmp_path: Path) -> None:
+    nothing = "density: {filter: mlp, value: 0}"
+    text = f"models:\n  - {{model: a, parameters: {{weight: 1, {nothing}}}}}\nbase_model: base\n"
+    recipe = read(f"merge_method: ties\n{text}{rest}", tmp_path)
+    given = recipe.arguments(recipe.slices[0], "model.layers.1.mlp.up_proj.weight", 0.5)
+    assert given["densities"] == [0.0]
+    given = recipe.arguments(recipe.slices[0], "model.norm.weight", 1)
+    assert given["densities"] == [0.5 if rest else 1.0]
+
+
+def test_a_slice_of_one_layer_takes_the_last_of_its_numbers(tmp_path: Path) -> None:
+    text = "merge_method: linear\nslices:\n"
+    for i, (a, b) in enumerate((("1", "1"), ("[1, 1]", "[-1, 1]"), ("1", "1"))):
+        text += "  - sources:\n" + "".join(
+            f"      - {{model: {m}, layer_range: [{i}, {i + 1}], parameters: {{weight: {w}}}}}\n"
+            for m, w in (("a", a), ("b", b))
+        )
+    recipe = read(text, tmp_path)
+    assert recipe.refusals(recipe.slices[1]) == []
+    first = text.replace("weight: 1}", "weight: [1, 1]}", 1).replace(
+        "weight: 1}", "weight: [-1, 1]}", 1
+    )
+    with pytest.raises(Problems, match=r"slices\[0\]: at the first layer: weights \[1.0, -1.0\]"):
+        read(first, tmp_path)  # whose first value the embedding takes
 
 
 def test_a_slice_may_repeat_the_base(tmp_path: Path) -> None:

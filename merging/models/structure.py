@@ -202,7 +202,8 @@ class Structure:
         def rename(name: str) -> str:
             candidates = (name, prefix + name, name.removeprefix(prefix))
             if COMPUTED_BUFFERS.search(name):  # which this one need not store
-                return next((c for c in candidates if c.rpartition(".")[0] in self._parents), name)
+                beside = (c for c in candidates if self._parents & {*_around(c)})
+                return next(beside, name)
             return next((c for c in candidates if c in self._wanted), name)
 
         tensors = {rename(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -317,6 +318,13 @@ class Structure:
         known = (parameter for parameter in parameters if parameter in self._own)
         match = NUMBERED.match(next(known, parameters[0]))
         return match["stack"] if match else stack
+
+
+def _around(name: str) -> Iterator[str]:
+    """Yield the names of the module that a tensor is in, and of the one that this is in."""
+    for _ in range(2):
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def is_named_before(parameter: str) -> bool:

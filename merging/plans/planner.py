@@ -119,9 +119,9 @@ def _misfits(
         found, wanted = structure.parameters_of(extra), structure.parameters_of(missing)
         if alike := set(found.values()) & set(wanted.values()):
             problems.append(
-                f"{model.name}: stores {some(alike)} in other tensors than the donor, as each "
-                "expert on its own; load all models with transformers and call "
-                "save_pretrained(folder, save_original_format=False), to have them in one form"
+                f"{model.name}: stores {some(alike)} in other tensors than the donor (experts one "
+                "by one or together, say); to have them in one form, load all models with "
+                "transformers and call save_pretrained(folder, save_original_format=False)"
             )
             extra = {name for name in extra if found[name] not in alike}
             missing = [name for name in missing if wanted[name] not in alike]

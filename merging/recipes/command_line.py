@@ -180,13 +180,19 @@ def value_problems(recipe: Recipe) -> list[str]:
         what = "a number" if parameter.name == parameter.option[2:] else parameter.name
         problems += [
             f"{parameter.option}: expected {what} in {parameter.range}, got {value:g}"
-            for value in parameter.refused(schedule.every_value())
+            for value in sorted(schedule.every_value())
+            if not parameter.allows(value)
         ]
         problems += [
             f"{parameter.option}: {value:g} is too small to compute with"
             for value in sorted(schedule.every_value())
             if is_too_small(value)
         ]
+    problems += [
+        f"{parameter.option}: expected a number in {parameter.range}, got {parameter.low:g} for "
+        f"all of {model}"
+        for parameter, model in recipe.nothing_of()
+    ]
     problems += [
         f"{parameter.option} {recipe.values[parameter.name]} needs one {parameter.same_for_all} "
         "for the whole of a model, no list and no filters"

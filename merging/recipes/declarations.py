@@ -1,7 +1,7 @@
 """What a row of the table of methods says: a method, and the parameters that it takes."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -52,12 +52,6 @@ class Parameter:
 
     def allows(self, value: float) -> bool:
         return self.low <= value and (value < self.high if self.below_high else value <= self.high)
-
-    def refused(self, values: Collection[float]) -> list[float]:
-        """Return which of the values that hold somewhere in a model cannot."""
-        if self.above_low and set(values) == {self.low}:
-            return [self.low]
-        return sorted(value for value in values if not self.allows(value))
 
 
 ORIGIN = "the model that the others were fine-tuned from (required)"

@@ -5,7 +5,7 @@ A merge of whole models is one slice of several sources; a stack of layers has s
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,8 +146,11 @@ class Recipe:
         Those are there in any model; what lies between is seen to when that is known.
         """
         words = {word for _, _, s in self.schedules(part) for word, _ in s.filters}
+        ends = {0: "first", 1: "last"}
+        if part is not self.slices[0] and all(len(s.layers or ()) == 1 for s in part.sources):
+            del ends[0]  # the only layer takes the last of its values
         found: dict[str, set[str]] = {}
-        for name, (place, where) in itertools.product(("", *words), enumerate(("first", "last"))):
+        for name, (place, where) in itertools.product(("", *words), ends.items()):
             given = self.arguments(part, name, place)
             if not self.missing(part, given) and (text := self.refusal(given)):
                 found.setdefault(text, set()).add(where)
@@ -155,6 +158,14 @@ class Recipe:
             text if len(places) > 1 else f"at the {places.pop()} layer: {text}"
             for text, places in found.items()
         )
+
+    def nothing_of(self) -> Iterator[tuple[Parameter, str]]:
+        """Yield the models that a parameter leaves nothing of, wherever they take part."""
+        found: dict[tuple[Parameter, str], set[float]] = {}
+        for parameter, model, schedule in self.schedules():
+            if parameter.above_low and model is not None:
+                found.setdefault((parameter, model), set()).update(schedule.every_value())
+        yield from (key for key, values in found.items() if values == {key[0].low})
 
     def in_need_of_one_number(self) -> list[Parameter]:
         """Return the parameters whose value needs one number for whole models, and lacks it."""

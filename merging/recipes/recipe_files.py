@@ -256,6 +256,11 @@ def _check_together(reader: Reader, recipe: Recipe) -> None:
     for number, part in enumerate(recipe.slices):
         for refusal in recipe.refusals(part):
             reader.document.wrong(f"slices[{number}]" if recipe.is_stack else "models", refusal)
+    for parameter, model in recipe.nothing_of():
+        found = f"expected {parameter.name} in {parameter.range}, found {parameter.low:g}"
+        reader.document.wrong(
+            "slices" if recipe.is_stack else "models", f"{found} for all of {model}"
+        )
     for parameter in recipe.in_need_of_one_number():
         value, fixed = recipe.values[parameter.name], parameter.same_for_all
         needed = f"{value} needs whole models, and one {fixed} for the whole of each"

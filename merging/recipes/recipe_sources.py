@@ -99,7 +99,7 @@ def _read_slice(reader: Reader, entry: Any, path: str, outer: Values) -> Slice:
     known = ("sources", "parameters", "base_model")
     fields = Fields(document, entry, path, known, REFUSED_OF_A_SLICE)
     own, place = fields.take("base_model", is_anything, "", None), fields.at("base_model")
-    if own is not None and read_model(document, own, place) != reader.base:
+    if own is not None and read_model(document, own, place) not in (None, reader.base):
         document.wrong(place, "one base is for all slices; write it at the top")
     entries = fields.take("sources", is_list, "a list of sources") or ()
     given = fields.take("parameters", is_anything, "", None)

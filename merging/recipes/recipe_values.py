@@ -125,11 +125,7 @@ def read_value(reader: Reader, value: Any, path: str, parameter: Parameter) -> A
     """Return a parameter's value: a switch, a choice, a seed, or a number's schedule."""
     document = reader.document
     if parameter.is_number:
-        schedule = _schedule(reader, value, path, parameter)
-        if parameter.above_low and schedule.every_value() == {parameter.low}:
-            found = f"expected {parameter.name} in {parameter.range}, found {parameter.low:g}"
-            document.wrong(path, found)
-        return schedule
+        return _schedule(reader, value, path, parameter)
     if parameter.is_switch:
         if (switch := _switch(value)) is None:
             document.wrong(path, f"expected true or false, found {kind(value)}")
