@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, fails, linear, loads_clean, make_other, rewrite, stored
+from helpers import Make, fails, linear, loads_clean, make_other, rewrite, stack_file, stored
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -163,41 +163,38 @@ def test_names_without_the_base_prefix_are_aligned(
     loads_clean(tmp_path / "stack")
 
 
+def stack_of(folder: Path, first: Path, second: Path) -> dict[str, torch.Tensor]:
+    """Stack layers 0 to 2 of one model and 1 to 3 of another, and return the tensors."""
+    text = f"layer_slices: [{{model: {first}, start: 0, end: 3}}, "
+    text += f"{{model: {second}, start: 1, end: 4}}]"
+    output = folder / "stack"
+    assert bakllama.main([stack_file(folder, text), str(output), "--overwrite"]) == 0
+    return stored(output)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_masks_of_old_checkpoints_do_not_hide_their_layers(make: Make, tmp_path: Path) -> None:
     """The first GPT-2 on the Hub stores a mask in each layer, which transformers now computes."""
     tensors = {n.removeprefix("transformer."): t for n, t in stored(make("gpt2", 2)).items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(6)}
     bare = rewrite(make("gpt2", 2), tmp_path / "bare", tensors)
     old = rewrite(make("gpt2", 2), tmp_path / "old", masks | tensors)
-    config = tmp_path / "stack.yml"
-    for first, second in (("{}", "{}"), ("{}", make("gpt2", 1)), (make("gpt2", 1), "{}")):
-        text = f"layer_slices: [{{{{model: {first}, start: 0, end: 3}}}}, "
-        text += f"{{{{model: {second}, start: 1, end: 4}}}}]"
-        outputs = []
-        for model in (bare, old):
-            config.write_text(text.format(model, model))
-            assert bakllama.main([str(config), str(tmp_path / "stack"), "--overwrite"]) == 0
-            outputs.append(stored(tmp_path / "stack"))
-        expected, found = outputs
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    other = make("gpt2", 1)
+    same(stack_of(tmp_path, old, old), stack_of(tmp_path, bare, bare))
+    same(stack_of(tmp_path, old, other), stack_of(tmp_path, bare, other))
+    same(stack_of(tmp_path, other, old), stack_of(tmp_path, other, bare))
 
 
 def test_buffers_of_old_checkpoints_follow_their_layers_prefix(make: Make, tmp_path: Path) -> None:
     tensors = {n.removeprefix("model."): t for n, t in stored(make("llama", 2)).items()}
     buffers = {f"layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(6)}
     old = rewrite(make("llama", 2), tmp_path / "old", tensors | buffers)
-    config, outputs = tmp_path / "stack.yml", []
-    for model in (old, make("llama", 2)):
-        config.write_text(
-            f"layer_slices: [{{model: {make('llama', 1)}, start: 0, end: 3}}, "
-            f"{{model: {model}, start: 1, end: 4}}]"
-        )
-        assert bakllama.main([str(config), str(tmp_path / "stack"), "--overwrite"]) == 0
-        outputs.append(stored(tmp_path / "stack"))
-    found, expected = outputs
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    other = make("llama", 1)
+    same(stack_of(tmp_path, other, old), stack_of(tmp_path, other, make("llama", 2)))
 
 
 def test_experts_in_two_forms_are_refused_with_what_to_do(
