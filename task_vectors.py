@@ -47,8 +47,8 @@ def ties(
 
     1. Trim: keep the entries of delta_t whose magnitude is at least its k-th largest,
        k = max(1, floor(density_t n)), or none of density 0; equal magnitudes at the threshold are
-       all kept. Given
-       `thresholds`, one a tensor, keep instead those that are at least that, in float32.
+       all kept. Given `thresholds`, one a tensor, keep instead those that are at least that, in
+       float32.
     2. Elect: per entry, the sign of sum_t w_t delta_t, or with `naive_count` the sign of
        sum_t sign(w_t delta_t); zero counts as +.
     3. Merge: per entry, the sum of the w_t delta_t that have the elected sign, divided by the sum
@@ -227,9 +227,8 @@ def breadcrumbs(
 
     Of the n magnitudes of delta_t, the floor(gamma_t n) largest are dropped, and the smallest until
     floor(density_t n) are left, at least 1 unless density_t is 0; if there are too few, fewer of
-    the largest are dropped.
-    Equal magnitudes at either end are all kept. base + lambda sum_t w_t of what is left, over
-    sum_t w_t when normalising.
+    the largest are dropped. Equal magnitudes at either end are all kept. base + lambda sum_t w_t of
+    what is left, over sum_t w_t when normalising.
     """
     keep = _between(base, tensors, densities, gammas, device, dtype)
     return combined(base, tensors, keep, addition(weights, normalize), lambda_, dtype, device)

@@ -313,10 +313,9 @@ class Structure:
 
     def path_of(self, stack: str, stored: Iterable[str]) -> str:
         """Return where the model has the layers that are stored as `stack`.0, `stack`.1, ..."""
-        names = [name for name in stored if name.startswith(f"{stack}.")]
-        parameters = list(self.parameters_of(names).values())
-        known = (parameter for parameter in parameters if parameter in self._own)
-        match = NUMBERED.match(next(known, parameters[0]))
+        names = (name for name in stored if name.startswith(f"{stack}."))
+        parameters = (self.parameters_of([name])[name] for name in names)
+        match = NUMBERED.match(next((p for p in parameters if p in self._own), ""))
         return match["stack"] if match else stack
 
 

@@ -116,7 +116,8 @@ def _misfits(
                         integers.append(f"{stored} ({source.dtype})")
         extra = model.tensors.keys() - taken - layout.ignored - structure.ties.keys()
         extra -= layout.roles.keys()  # such as integers, of which only the donor's are taken
-        found, wanted = structure.parameters_of(extra), structure.parameters_of(missing)
+        wanted = structure.parameters_of(missing)
+        found = structure.parameters_of(extra if missing else ())  # of stacks, which take few, many
         if alike := set(found.values()) & set(wanted.values()):
             problems.append(
                 f"{model.name}: stores {some(alike)} in other tensors than the donor (experts one "
